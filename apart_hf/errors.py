@@ -1,0 +1,26 @@
+"""The one exception that means "the caller can fix this"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ApartError(ValueError):
+    """Bad input: the message is one line that says what is wrong, with the numbers, and the cure.
+
+    Scripts print it and exit with code 2; every other exception is a fault of the program and keeps its traceback.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ApartError:
+    """An error for a misspelt name, suggesting the closest of `known`, or listing them where they are few."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        cure = f"did you mean {' or '.join(repr(c) for c in close)}?"
+    elif len(known) <= 20:
+        cure = f"choose one of {', '.join(known)}."
+    else:
+        cure = f"{len(known)} are known; none has a similar name."
+    return ApartError(f"unknown {kind} {name!r}: {cure}")
