@@ -124,7 +124,7 @@ default_cfgs = generate_default_cfgs({"wide_resnet40_2": _cfg()})
 def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, **kwargs: Any) -> WideResNet:
     return build_model_with_cfg(
         WideResNet, variant, pretrained, depth=depth, width=width,
-        feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2)}, **kwargs,
+        feature_cfg={"out_indices": (0, 1, 2)}, **kwargs,
     )
 
 

@@ -163,9 +163,11 @@ class Weights(Perturbation):
                 for p, step in self._steps:
                     p.add_(step)
             self._steps = []
+            torch.clear_autocast_cache()  # it may hold casts of the weights as they were
             yield
         finally:
             self._steps = []
             with torch.no_grad():
                 for p, value in before:
                     p.copy_(value)
+            torch.clear_autocast_cache()

@@ -58,70 +58,76 @@ def _sign_outside_dead_zone(g_mu, g_sigma):
 
 
 def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, groups=16, ratio=1.0, rho=0.05,
-                   generator=None):
+                   generator=None, ranks=1):
     """The gradient that `method` gives for one batch, and what it does to the buffers.
+
+    With `ranks` > 1, the batch is what that many processes hold together, each an equal part in order: one attack from
+    the mean of g_theta, weights moved by each rank's own gradient, the mean of all gradients, the buffers of rank 0.
 
     Returns: (gradients, buffers, deltas): {parameter name: gradient or None}, {buffer name: value},
     {layer name: (delta_mu, delta_sigma)}.
     """
-    model = copy.deepcopy(model)
-    norms = _NaiveBatchNorms(model)
-    names, phi = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    M = len(images)
+    parts = list(zip(images.chunk(ranks), targets.chunk(ranks)))
     attack_bn, attack_weights = method in ("apart", "apart-sam"), method in ("sam", "apart-sam")
+    replicas = [copy.deepcopy(model) for _ in parts]
+    norms = [_NaiveBatchNorms(replica) for replica in replicas]
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    layers = list(norms[0].layers)
+    M = len(parts[0][0])
 
     # lines 1-4: theta = 0, one forward and backward over D
-    any_parameter = next(model.parameters())
-    zeros = [
-        {n: any_parameter.new_zeros(layer.num_features).requires_grad_() for n, layer in norms.layers.items()}
-        for _ in range(2)
-    ]
-    norms.set(*zeros)
-    delta_mu, delta_sigma = zeros
-    wanted = [*phi, *delta_mu.values(), *delta_sigma.values()]
-    grads = torch.autograd.grad(criterion(model(images), targets), wanted, allow_unused=True)
-    g_phi, g_theta = grads[: len(phi)], grads[len(phi):]
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    norms.track = False
+    g_phi, g_theta = [], []
+    for replica, norm, (x, y) in zip(replicas, norms, parts):
+        phi = [p for p in replica.parameters() if p.requires_grad]
+        zeros = [{n: phi[0].new_zeros(norm.layers[n].num_features).requires_grad_() for n in layers} for _ in range(2)]
+        norm.set(*zeros)
+        theta = [z for pair in zip(*(d.values() for d in zeros)) for z in pair]
+        grads = torch.autograd.grad(criterion(replica(x), y), [*phi, *theta], allow_unused=True)
+        g_phi.append(grads[: len(phi)])
+        g_theta.append([torch.zeros_like(t) if g is None else g for t, g in zip(theta, grads[len(phi):])])
+        norm.track = False
+    buffers = {n: b.clone() for n, b in replicas[0].named_buffers()}
     if method == "standard":
-        return dict(zip(names, g_phi)), buffers, {}
+        return dict(zip(names, _mean(g_phi))), buffers, {}
 
     # line 5: theta = epsilon sign(g_theta)
-    new_mu, new_sigma = {}, {}
-    for i, name in enumerate(norms.layers):
-        g_mu, g_sigma = g_theta[i], g_theta[len(norms.layers) + i]
-        if g_mu is None or not attack_bn:
-            g_mu = g_sigma = torch.zeros_like(delta_mu[name])
+    deltas = {}
+    g_theta = _mean(g_theta)
+    for i, name in enumerate(layers):
+        g_mu, g_sigma = g_theta[2 * i], g_theta[2 * i + 1]
+        if not attack_bn:
+            g_mu, g_sigma = torch.zeros_like(g_mu), torch.zeros_like(g_sigma)
         s_mu, s_sigma = _sign_outside_dead_zone(g_mu, g_sigma)
-        new_mu[name], new_sigma[name] = epsilon * s_mu, epsilon * s_sigma
-    norms.set(new_mu, new_sigma)
+        deltas[name] = epsilon * s_mu, epsilon * s_sigma
 
-    # Eq. 7 with p = 2
-    if attack_weights:
-        norm = torch.sqrt(sum(g.square().sum() for g in g_phi if g is not None))
-        with torch.no_grad():
-            for p, g in zip(phi, g_phi):
-                if g is not None:
-                    p += rho * g / norm
+    combined = []
+    for replica, norm, (x, y), g in zip(replicas, norms, parts, g_phi):
+        norm.set({n: d[0] for n, d in deltas.items()}, {n: d[1] for n, d in deltas.items()})
+        phi = [p for p in replica.parameters() if p.requires_grad]
+        # Eq. 7 with p = 2
+        if attack_weights:
+            size = torch.sqrt(sum(part.square().sum() for part in g if part is not None))
+            with torch.no_grad():
+                for p, part in zip(phi, g):
+                    if part is not None:
+                        p += rho * part / size
+        # lines 6-11: one forward and backward a group
+        n = groups if attack_bn else 1
+        N = round(ratio * M)
+        S = list(range(M)) if N == M else torch.randperm(M, generator=generator)[:N].tolist()
+        h = [None] * len(phi)
+        for j in range(n):
+            loss = criterion(replica(x[S[j::n]]), y[S[j::n]])
+            for k, part in enumerate(torch.autograd.grad(loss, phi, allow_unused=True)):
+                if part is not None:
+                    h[k] = part / n if h[k] is None else h[k] + part / n
+        # line 12
+        if method == "sam":
+            combined.append(h)
+        else:
+            combined.append([None if a is None else M / (M + N) * a + N / (M + N) * b for a, b in zip(g, h)])
+    return dict(zip(names, _mean(combined))), buffers, deltas
 
-    # lines 6-11: one forward and backward a group
-    if not attack_bn:
-        groups = 1
-    N = round(ratio * M)
-    S = list(range(M)) if N == M else torch.randperm(M, generator=generator)[:N].tolist()
-    h_phi = [None] * len(phi)
-    for j in range(groups):
-        S_j = S[j::groups]
-        loss = criterion(model(images[S_j]), targets[S_j])
-        for k, g in enumerate(torch.autograd.grad(loss, phi, allow_unused=True)):
-            if g is not None:
-                h_phi[k] = g / groups if h_phi[k] is None else h_phi[k] + g / groups
 
-    # line 12
-    if method == "sam":
-        combined = h_phi
-    else:
-        combined = [
-            None if g is None else M / (M + N) * g + N / (M + N) * h for g, h in zip(g_phi, h_phi)
-        ]
-    return dict(zip(names, combined)), buffers, {n: (new_mu[n], new_sigma[n]) for n in norms.layers}
+def _mean(rows):
+    return [None if row[0] is None else sum(row) / len(row) for row in zip(*rows)]

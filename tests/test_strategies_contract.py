@@ -116,7 +116,8 @@ def test_grad_scaler_in_ones_own_loop(method):
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**10)
         strategy = create_strategy(method, model, **SMALL[method])
         for _ in range(2):
-            strategy.accumulate_gradients(*data, cross_entropy, backward=lambda loss, s=scaler: s.scale(loss).backward())
+            backward = lambda loss, s=scaler: s.scale(loss).backward()  # noqa: E731
+            strategy.accumulate_gradients(*data, cross_entropy, backward=backward)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -1,0 +1,152 @@
+"""Every setting of a run: one dataclass, from which the command line is made."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from apart_hf.data import DATASETS
+from apart_hf.errors import ApartError
+from apart_hf.strategies import METHODS
+
+
+def _option(default: Any, group: str, help: str, **argparse_arguments: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, "arguments": argparse_arguments})
+
+
+def _int(default, group, help, **more):
+    return _option(default, group, help, type=int, metavar="N", **more)
+
+
+def _float(default, group, help, **more):
+    return _option(default, group, help, type=float, metavar="X", **more)
+
+
+def _text(default, group, help, **more):
+    return _option(default, group, help, type=str, **more)
+
+
+_METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+
+
+@dataclass
+class TrainConfig:
+    """Settings of one training run. None stands for "decided from the others", as the help texts say."""
+
+    model: str = _text("resnet18", "model", "any timm model, or wide_resnet40_2", metavar="NAME")
+    channels_last: bool = _option(False, "model", "keep activations in channels_last memory format")
+
+    method: str = _text("apart", "method", _METHODS, metavar="NAME")
+    epsilon: float | None = _float(None, "method", "radius of delta, a share of the batch mean and scale [apart: 0.1]")
+    groups: int | None = _int(None, "method", "groups of samples with statistics of their own [apart: 16, on demo 8]")
+    ratio: float | None = _float(None, "method", "share of the batch in the second pass, in (0, 1] [apart: 1]")
+    rho: float | None = _float(None, "method", "radius of SAM's step in the weights [sam: 0.05, apart-sam: 0.2]")
+
+    dataset: str = _text(
+        "demo", "data", f"{', '.join(DATASETS)}, or a Hub id user/name; demo is a small part of Fashion-MNIST",
+        metavar="NAME",
+    )
+    data_dir: str | None = _text(
+        None, "data", "local folder instead: parquet files, a folder of images a class, or save_to_disk", metavar="DIR"
+    )
+    train_split: str | None = _text(None, "data", "split to train on [found]", metavar="NAME")
+    val_split: str | None = _text(None, "data", "split to evaluate on [found]", metavar="NAME")
+    input_key: str | None = _text(None, "data", "column of the images [found]", metavar="NAME")
+    target_key: str | None = _text(None, "data", "column of the class indices [found]", metavar="NAME")
+    num_classes: int | None = _int(None, "data", "checked against the data [found]")
+    img_size: int | None = _int(None, "data", "input edge in pixels [small images: their own; else: the model's]")
+    workers: int | None = _int(None, "data", "loader processes [0 on the CPU; else one a core, at most 8]")
+    mixup: float = _float(0.0, "data", "mixup alpha; 0: off")
+    smoothing: float = _float(0.0, "data", "label smoothing in [0, 1)")
+
+    epochs: int | None = _int(None, "optimisation", "length in epochs [200; demo: 6]")
+    max_steps: int | None = _int(None, "optimisation", "stop after N optimizer steps; still evaluates and exports")
+    batch_size: int | None = _int(None, "optimisation", "images a process and step [128; demo: 64]", flags=("-b",))
+    opt: str = _text("momentum", "optimisation", "timm optimizer; momentum is SGD without Nesterov", metavar="NAME")
+    lr: float | None = _float(None, "optimisation", "learning rate [0.1; demo: 0.05]")
+    momentum: float = _float(0.9, "optimisation", "SGD momentum")
+    weight_decay: float = _float(5e-4, "optimisation", "on all parameters, as in the paper")
+    sched: str | None = _text(
+        None, "optimisation", "learning-rate schedule, by step [multistep; demo: cosine]",
+        choices=("multistep", "cosine", "none"),
+    )
+    decay_milestones: list[int] | None = _int(
+        None, "optimisation", "epochs after which the learning rate falls to a tenth [1/2 and 3/4 of all]", nargs="+"
+    )
+    warmup_epochs: int = _int(0, "optimisation", "epochs of linear warmup")
+    clip_grad: float | None = _float(None, "optimisation", "largest norm of the combined gradient [off]")
+
+    seed: int = _int(0, "run", "of weights, data order, augmentation and the second pass")
+    amp_dtype: str | None = _text(
+        None, "run", "arithmetic of the forwards [as configured for accelerate: float32]",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    threads: int | None = _int(None, "run", "CPU threads a process [OMP_NUM_THREADS, or all cores]")
+    output: str = _text("output", "run", "folder of all runs", metavar="DIR")
+    experiment: str | None = _text(None, "run", "folder of this run in it [DATASET-MODEL-METHOD]", metavar="NAME")
+    log_interval: int = _int(50, "run", "steps between lines where there is no terminal for a progress bar")
+    report_to: list[str] | None = _text(
+        None, "run", "trackers of accelerate: tensorboard, wandb, trackio, ... [none]", nargs="+", metavar="NAME"
+    )
+
+    def __post_init__(self):
+        limits = {
+            "epochs": 1, "max_steps": 1, "batch_size": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0,
+            "clip_grad": 0, "mixup": 0, "smoothing": 0, "workers": 0, "threads": 1, "img_size": 1, "log_interval": 1,
+            "seed": 0,
+        }
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):  # NaN is refused too
+                raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
+        if any(milestone < 1 for milestone in self.decay_milestones or ()):
+            raise ApartError(f"--decay-milestones {self.decay_milestones}: epochs are counted from 1.")
+        if self.smoothing >= 1:
+            raise ApartError(f"--smoothing {self.smoothing}: must be below 1 (0.1 is common).")
+        if self.mixup and (self.batch_size or 2) % 2:
+            raise ApartError(f"--mixup mixes pairs; --batch-size {self.batch_size} is odd, choose an even one.")
+        if self.experiment is not None and Path(self.experiment).name != self.experiment:
+            raise ApartError(f"--experiment {self.experiment!r}: must be a plain folder name; its parent is --output.")
+
+    @property
+    def dataset_name(self) -> str:
+        """For folder names and records: the dataset's name, or that of its folder without the way to it."""
+        return Path(self.data_dir).resolve().name if self.data_dir else self.dataset
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those of the method that were given."""
+        values = {key: getattr(self, key) for key in ("epsilon", "groups", "ratio", "rho")}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = None) -> TrainConfig:
+    """The command line as a `TrainConfig`. Exits with code 2 and one line where it cannot be read.
+
+    Raises: ApartError for a value out of range.
+    """
+    parser = _Parser(
+        prog=prog, description="Train any timm BatchNorm model with APART, SAM, both, or plainly.",
+        epilog="Defaults in [] depend on other settings.", allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for option in dataclasses.fields(TrainConfig):
+        title = option.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        arguments_of = dict(option.metadata["arguments"])
+        flags = (f"--{option.name.replace('_', '-')}", *arguments_of.pop("flags", ()))
+        help = option.metadata["help"].replace("%", "%%")
+        if option.default is False:
+            arguments_of["action"] = "store_true"
+        elif option.default is not None:
+            help += f" [{option.default}]"
+        groups[title].add_argument(*flags, dest=option.name, default=option.default, help=help, **arguments_of)
+    return TrainConfig(**vars(parser.parse_args(arguments)))

@@ -1,0 +1,66 @@
+"""Dataset names: where each is found and how its images are shown to a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apart_hf.errors import unknown_name
+
+DEMO_DIR = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset. What is None is found from the data or taken from the model.
+
+    Args:
+        path: Hub id, or a local folder.
+        config: the Hub dataset's configuration.
+        train_split, val_split: split names.
+        input_key, target_key: column names.
+        mean, std: per channel, of pixels in [0, 1].
+        padding: pixels around a small image before a random crop of its size in training; 0: no crop.
+        defaults: settings of `TrainConfig` that suit this dataset, for those that the user leaves open.
+    """
+
+    path: str
+    config: str | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    padding: int = 4
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616), "train_split": "train",
+          "val_split": "test", "input_key": "img"}
+_FASHION = {"mean": (0.286,) * 3, "std": (0.353,) * 3, "train_split": "train", "val_split": "test",
+            "input_key": "image", "target_key": "label"}
+
+DATASETS: dict[str, DatasetSpec] = {
+    # few and small images: short training in many steps, groups of eight samples as at batch 128 with groups 16
+    "demo": DatasetSpec(
+        str(DEMO_DIR), padding=0, **_FASHION,
+        defaults={"epochs": 6, "batch_size": 64, "groups": 8, "lr": 0.05, "sched": "cosine"},
+    ),
+    "fashion-mnist": DatasetSpec("zalando-datasets/fashion_mnist", **_FASHION),
+    "cifar10": DatasetSpec("uoft-cs/cifar10", target_key="label", **_CIFAR),
+    "cifar100": DatasetSpec("uoft-cs/cifar100", target_key="fine_label", **_CIFAR),
+    "tiny-imagenet": DatasetSpec("zh-plus/tiny-imagenet", None, "train", "valid", "image", "label"),
+    "imagenet": DatasetSpec("ILSVRC/imagenet-1k", None, "train", "validation", "image", "label"),
+    "imagenette": DatasetSpec("frgfm/imagenette", "320px", "train", "validation", "image", "label"),
+}
+
+
+def find_dataset(name: str) -> DatasetSpec:
+    """The spec of a registered name, or of a Hub id (`user/name`)."""
+    if name in DATASETS:
+        return DATASETS[name]
+    if "/" in name:
+        return DatasetSpec(name)
+    raise unknown_name("dataset", name, DATASETS)

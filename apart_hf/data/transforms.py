@@ -1,0 +1,70 @@
+"""How images become tensors: the paper's augmentation for small images, timm's transforms for large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from timm.data import create_transform, resolve_data_config
+from torchvision import transforms as T
+
+SMALL = 96  # pixels; up to here images are cropped from a padded original instead of being resized
+
+
+def data_config(
+    pretrained_cfg: dict[str, Any], image_size: tuple[int, int], *, img_size: int | None = None, mean=None, std=None
+) -> dict[str, Any]:
+    """timm's description of the evaluation images: input_size, interpolation, mean, std, crop_pct, crop_mode.
+
+    Args:
+        pretrained_cfg: the model's.
+        image_size: (width, height) of the dataset's images, in pixels.
+        img_size: edge of the network's input, in pixels; None: the images' shorter edge where they are small, else
+            the model's own.
+        mean, std: per channel; None: the model's.
+    """
+    small = max(image_size) <= SMALL
+    fixed = pretrained_cfg.get("fixed_input_size")
+    size = img_size or (min(image_size) if small and not fixed else pretrained_cfg["input_size"][-1])
+    config = resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=pretrained_cfg)
+    if small:
+        config["crop_pct"] = 1.0
+    return config | {key: tuple(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
+
+
+def train_transform(config: dict[str, Any], image_size: tuple[int, int], padding: int = 4) -> Callable:
+    """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip."""
+    size = config["input_size"][-1]
+    if max(image_size) > SMALL:
+        return create_transform(
+            config["input_size"], is_training=True, color_jitter=0.0, interpolation=config["interpolation"],
+            mean=config["mean"], std=config["std"],
+        )
+    resize = [] if min(image_size) == size else [T.Resize(size)]
+    return T.Compose([
+        *resize, T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip(), T.ToTensor(),
+        T.Normalize(config["mean"], config["std"]),
+    ])
+
+
+def eval_transform(config: dict[str, Any]) -> Callable:
+    """What `timm.data.create_transform` makes of the exported config."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return create_transform(**{key: config[key] for key in keys}, is_training=False)
+
+
+class TransformedImages(torch.utils.data.Dataset):
+    """(image tensor (3, H, W), class index) from a `datasets.Dataset`; every image is turned to RGB."""
+
+    def __init__(self, data: Dataset, input_key: str, target_key: str, transform: Callable):
+        self.data, self.transform = data.select_columns([input_key, target_key]), transform
+        self.input_key, self.target_key = input_key, target_key
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        row = self.data[index]
+        return self.transform(row[self.input_key].convert("RGB")), row[self.target_key]

@@ -1,0 +1,117 @@
+"""What a run leaves: OUTPUT/EXPERIMENT/ with config.yaml, metrics.jsonl, best/, last/ and plots/."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from apart_hf.config import TrainConfig
+from apart_hf.data import ImageData
+from apart_hf.errors import ApartError
+from apart_hf.hub import export_folder
+from apart_hf.plots import plot_training
+from apart_hf.runtime import versions
+
+
+class RunFolder:
+    """Makes the folder, then records one epoch at a time there and in the trackers.
+
+    Args:
+        config: resolved; its hyper-parameters are completed by `hyper`.
+        images: timm's description of the evaluation images.
+        data: names the classes.
+        hyper: the strategy's hyper-parameters.
+        accelerator: only its main process writes.
+
+    Raises: ApartError where the folder exists or cannot be made; then nothing was written.
+    """
+
+    def __init__(
+        self, config: TrainConfig, images: dict[str, Any], data: ImageData, hyper: dict[str, Any],
+        accelerator: Accelerator,
+    ):
+        self.images, self.data, self.accelerator = images, data, accelerator
+        self.history: list[dict[str, float]] = []
+        self.folder = _make_folder(config, accelerator)
+        self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper_fields(hyper))
+        settings = dataclasses.asdict(config)
+        if config.report_to:
+            accelerator.project_configuration.logging_dir = str(self.folder)
+            scalars = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
+            accelerator.init_trackers("trackers", config=scalars)
+        if accelerator.is_main_process:
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            (self.folder / "plots").mkdir()
+        self.training = {
+            "method": config.method, **hyper, "dataset": config.dataset_name, "seed": config.seed,
+            "versions": versions(),
+        }
+
+    def add(self, metrics: dict[str, float], model: nn.Module) -> None:
+        """Record one epoch: a line of metrics, the weights as last/ and, where top-1 is highest so far, as best/."""
+        self.history.append(metrics)
+        self.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+        self.accelerator.print(
+            f"epoch {metrics['epoch']}: train loss {metrics['train_loss']:.3f}, top-1 {metrics['train_top1']:.1f} % | "
+            f"eval loss {metrics['eval_loss']:.3f}, top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % | "
+            f"{metrics['images_per_second']:.0f} images/s, {metrics['seconds']:.1f} s, lr {metrics['lr']:g}", flush=True
+        )
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        is_best = metrics["top1"] >= max(line["top1"] for line in self.history)
+        for name in ("last", "best") if is_best else ("last",):
+            export_folder(
+                plain, self.folder / name, data_config=self.images, label_names=self.data.class_names,
+                tag=f"{self.config.method}_{self.config.dataset_name}".replace("/", "_").replace(".", "_"),
+                apart=self.training | {"epoch": metrics["epoch"], "top1": metrics["top1"]},
+            )
+        title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
+        plot_training(self.history, self.folder / "plots" / "training.png", title)
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that was refused before its first epoch ended."""
+        if self.accelerator.is_main_process and not self.history:
+            shutil.rmtree(self.folder)
+
+
+def hyper_fields(hyper: dict[str, Any]) -> dict[str, Any]:
+    """Those of a strategy's hyper-parameters that are settings of `TrainConfig`."""
+    names = {option.name for option in dataclasses.fields(TrainConfig)}
+    return {key: value for key, value in hyper.items() if key in names}
+
+
+def _make_folder(config: TrainConfig, accelerator: Accelerator) -> Path:
+    name, problem = config.experiment or _free_name(config), ""
+    if accelerator.is_main_process:
+        folder = Path(config.output) / name
+        try:
+            folder.mkdir(parents=True, exist_ok=False)
+        except FileExistsError:
+            problem = f"{folder} exists already; choose another --experiment or --output."
+        except OSError as error:
+            problem = f"cannot write {folder}: {error.strerror}; choose another --output."
+    name, problem = broadcast_object_list([name, problem])
+    if problem:
+        raise ApartError(problem)
+    return Path(config.output) / name
+
+
+def _free_name(config: TrainConfig) -> str:
+    """DATASET-MODEL-METHOD, numbered where such a run is there already."""
+    name = "-".join(part.replace("/", "_") for part in (config.dataset_name, config.model, config.method))
+    taken, number = name, 1
+    while (Path(config.output) / taken).exists():
+        number += 1
+        taken = f"{name}-{number}"
+    return taken

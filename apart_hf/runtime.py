@@ -1,0 +1,38 @@
+"""The process around a run: threads and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+LIBRARIES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors", "evaluate")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def use_threads(threads: int | None, local_processes: int) -> int:
+    """Set the CPU threads of this process and return them.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where nobody set it, which would leave all cores but one idle on a CPU
+    run; so 1 is taken as "not set". Any other value, or `threads`, is what the user asked for.
+    """
+    if threads is None:
+        asked = os.environ.get("OMP_NUM_THREADS", "1")
+        threads = int(asked) if asked.isdigit() and int(asked) > 1 else max(1, cores() // local_processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that the results depend on."""
+    from apart_hf import __version__
+
+    return {"apart_hf": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}

@@ -1,0 +1,217 @@
+"""A whole run from one `TrainConfig`: data, model, strategy, training, and the folder it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, LoggerType, set_seed
+from timm.data import Mixup
+from timm.models import is_model, parse_model_name, split_model_name_tag
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.utils.data import DataLoader
+
+from apart_hf.config import TrainConfig, parse_arguments
+from apart_hf.data import (
+    DATASETS,
+    ImageData,
+    TransformedImages,
+    data_config,
+    eval_transform,
+    find_dataset,
+    load_image_data,
+    train_transform,
+)
+from apart_hf.errors import ApartError, unknown_name
+from apart_hf.run_folder import RunFolder
+from apart_hf.runtime import cores, use_threads
+from apart_hf.strategies import METHODS, create_strategy
+from apart_hf.trainer import Trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: bad input ends in one line on stderr and exit code 2."""
+    prog = Path(sys.argv[0]).name
+    try:
+        train(parse_arguments(arguments, prog=prog))
+    except ApartError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the training that `config` describes and return the run's folder.
+
+    Raises: ApartError, before anything is written, where the settings do not fit each other or the data.
+    """
+    check_names(config)
+    accelerator = make_accelerator(config)
+    threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    set_seed(config.seed)
+
+    with accelerator.main_process_first():  # one process fills the cache
+        data = load_image_data(
+            config.dataset, config.data_dir, train_split=config.train_split, val_split=config.val_split,
+            input_key=config.input_key, target_key=config.target_key, num_classes=config.num_classes,
+        )
+    config = resolve(config, data, accelerator, threads)
+    model, images = make_model(config, data)
+    train_loader, val_loader = make_loaders(config, data, images, accelerator)
+    # weight decay on every parameter, BN and biases included, as in the paper
+    optimizer = create_optimizer_v2(
+        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+        filter_bias_and_bn=False,
+    )
+    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    scheduler = make_scheduler(config, optimizer, len(train_loader))
+    strategy = create_strategy(
+        config.method, model, accelerator=accelerator, **config.hyper_parameters(),
+        generator=torch.Generator().manual_seed(config.seed + accelerator.process_index),
+    )
+    strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
+    run = RunFolder(config, images, data, strategy.hyper, accelerator)
+    set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
+
+    say = accelerator.print
+    if config.dataset == "demo" and config.data_dir is None:
+        say("data: the bundled demo set, 7,000 images of Fashion-MNIST. For real data: --dataset cifar100 "
+            f"(or {', '.join(name for name in DATASETS if name not in ('demo', 'cifar100'))}), or --data-dir FOLDER.")
+    say(f"data: {len(data.train):,} training and {len(data.val):,} evaluation images, {len(data.class_names)} classes, "
+        f"input {'x'.join(map(str, images['input_size']))}")
+    say(f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
+        f"{strategy.passes:g} passes a step")
+    say(f"run: {config.epochs} epochs of {len(train_loader)} steps, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, {threads} thread(s) each -> {run.folder}")
+
+    trainer = Trainer(
+        accelerator, model, strategy, optimizer, scheduler,
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if config.mixup else config.smoothing),
+        train_loader=train_loader, val_loader=val_loader, clip_grad=config.clip_grad, log_interval=config.log_interval,
+        mixup=Mixup(mixup_alpha=config.mixup, label_smoothing=config.smoothing, num_classes=len(data.class_names))
+        if config.mixup else None,
+    )
+    try:
+        for metrics in trainer.fit(config.epochs, config.max_steps):
+            run.add(metrics, model)
+    except ApartError:
+        run.discard_if_empty()
+        raise
+    accelerator.end_training()
+    say(f"done: top-1 {run.history[-1]['top1']:.2f} % on {data.spec.val_split}. Load it with "
+        f"timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
+    return run.folder
+
+
+def check_names(config: TrainConfig) -> None:
+    """What can be refused before any library is asked."""
+    if config.method not in METHODS:
+        raise unknown_name("method", config.method, METHODS)
+    if config.data_dir is None:
+        find_dataset(config.dataset)
+    source, name = parse_model_name(config.model)
+    architecture = split_model_name_tag(name)[0]
+    if source is None and not is_model(architecture):
+        raise unknown_name("model", config.model, timm.list_models())
+    if config.opt not in list_optimizers():
+        raise unknown_name("optimizer", config.opt, list_optimizers())
+    for tracker in config.report_to or ():
+        if tracker not in [known.value for known in LoggerType]:
+            raise unknown_name("tracker", tracker, [known.value for known in LoggerType])
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype]
+    wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise ApartError("float16 needs a GPU (no gradient scaler runs on the CPU); use --amp-dtype bfloat16.")
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+    )
+    missing = {*(config.report_to or ())} - {str(tracker.value) for tracker in accelerator.log_with} - {"all"}
+    if missing:
+        raise ApartError(f"--report-to {' '.join(sorted(missing))}: not installed; pip install it or drop the flag.")
+    return accelerator
+
+
+def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
+    """The config with every None that depends on data, method or machine decided."""
+    usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep"} | data.spec.defaults
+    if "groups" not in METHODS[config.method].hyper_parameters() or config.batch_size is not None:
+        usual.pop("groups", None)  # it belongs to the usual batch size
+    config = dataclasses.replace(config, **{k: v for k, v in usual.items() if getattr(config, k) is None})
+    epochs = config.epochs
+    return dataclasses.replace(
+        config,
+        decay_milestones=config.decay_milestones or sorted({max(1, epochs // 2), max(1, epochs * 3 // 4)}),
+        workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
+        amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
+        threads=threads,
+        **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},
+        num_classes=len(data.class_names),
+    )
+
+
+def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
+    """The timm model for the data's classes, and timm's description of its evaluation images."""
+    source = timm.get_pretrained_cfg(config.model)
+    kwargs = {}
+    if source is not None and source.fixed_input_size and config.img_size is not None:
+        kwargs["img_size"] = config.img_size
+    try:
+        model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ApartError(f"cannot create model {config.model!r}: {str(error).splitlines()[0]}") from error
+    size = data_config(
+        model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=data.spec.mean, std=data.spec.std
+    )
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model, size
+
+
+def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
+    half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
+    scheduler, _ = create_scheduler_v2(
+        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=0.0,
+        decay_milestones=[m + half_a_step for m in config.decay_milestones],
+        step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def make_loaders(
+    config: TrainConfig, data: ImageData, images: dict[str, Any], accelerator: Accelerator
+) -> tuple[DataLoader, DataLoader]:
+    needed = config.batch_size * accelerator.num_processes
+    if len(data.train) < needed:
+        raise ApartError(
+            f"split {config.train_split!r} has {len(data.train)} images, fewer than one step of {needed} "
+            f"(--batch-size {config.batch_size} x {accelerator.num_processes} process(es)); use a smaller batch."
+        )
+    keys = (config.input_key, config.target_key)
+    train = TransformedImages(data.train, *keys, train_transform(images, data.image_size, data.spec.padding))
+    val = TransformedImages(data.val, *keys, eval_transform(images))
+    common = {
+        "batch_size": config.batch_size, "num_workers": config.workers, "persistent_workers": config.workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    generator = torch.Generator().manual_seed(config.seed)
+    return (
+        DataLoader(train, shuffle=True, drop_last=True, generator=generator, **common),
+        DataLoader(val, **common),
+    )
+
+
+if __name__ == "__main__":
+    main()

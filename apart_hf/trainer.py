@@ -1,0 +1,127 @@
+"""The Accelerate training loop. It knows nothing of strategies beyond `accumulate_gradients`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, tqdm
+from torch import Tensor, nn
+
+from apart_hf.errors import ApartError
+from apart_hf.metrics import K, TopKAccuracy
+
+
+@dataclass
+class Trainer:
+    """Trains and evaluates a model, one epoch at a time.
+
+    Args:
+        accelerator: has prepared model, optimizer and loaders.
+        model: in any wrapper.
+        strategy: its `accumulate_gradients` fills p.grad.
+        optimizer: stepped once a batch.
+        scheduler: timm's, stepped by update; None: a constant learning rate.
+        criterion: criterion(output, targets) -> mean loss; takes soft targets where `mixup` makes them.
+        train_loader, val_loader: batches of (images, class indices).
+        mixup: timm's Mixup, drawn once a batch and so the same in both passes; None: off.
+        clip_grad: largest norm of the combined gradient; None: off.
+        log_interval: steps between log lines where there is no progress bar.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    strategy: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    train_loader: Any
+    val_loader: Any
+    mixup: Callable | None = None
+    clip_grad: float | None = None
+    log_interval: int = 50
+    steps: int = 0
+
+    def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[dict[str, float]]:
+        """Train, yielding each epoch's metrics (see `metrics.jsonl`) after its evaluation."""
+        for epoch in range(epochs):
+            self.train_loader.set_epoch(epoch)
+            trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
+            lr = self.optimizer.param_groups[0]["lr"]
+            yield {"epoch": epoch + 1, **trained, **self.evaluate(), "lr": lr}
+            if max_steps is not None and self.steps >= max_steps:
+                return
+
+    def train_step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step on one batch; returns the clean pass's loss and output."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.steps)
+        loss, output = self.strategy.accumulate_gradients(images, targets, self.criterion)
+        if self.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return loss, output
+
+    def train_epoch(self, title: str, max_steps: int | None = None) -> dict[str, float]:
+        """One pass over the training data. Means are over all samples of all processes."""
+        self.model.train()
+        totals = torch.zeros(3, device=self.accelerator.device)  # loss sum, hits, samples
+        processes, shown, start = self.accelerator.num_processes, 0, time.perf_counter()
+        on_terminal = sys.stderr.isatty()
+        bar = tqdm(self.train_loader, main_process_only=True, desc=title, unit="step", leave=False,
+                   disable=not (on_terminal and self.accelerator.is_local_main_process))
+        for step, (images, labels) in enumerate(bar, start=1):
+            targets = labels
+            if self.mixup is not None:
+                images, targets = self.mixup(images, labels)
+                labels = targets.argmax(-1)  # the heavier of the two
+            loss, output = self.train_step(images, targets)
+            hits = (output.argmax(-1) == labels).sum()
+            totals += torch.stack([loss * len(images), hits, hits.new_tensor(len(images))]).to(totals)
+            last = max_steps is not None and self.steps >= max_steps
+            if step - shown >= self.log_interval or (on_terminal and step - shown >= 5):
+                loss_sum, correct, seen = totals.tolist()
+                rate = seen * processes / (time.perf_counter() - start)
+                figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, {rate:.0f} images/s"
+                shown = step
+                if on_terminal:
+                    bar.set_postfix_str(figures)
+                else:
+                    self.accelerator.print(f"{title}, step {step}/{len(self.train_loader)}: {figures}", flush=True)
+            if last:
+                break
+        bar.close()
+        loss_sum, correct, seen = self.accelerator.reduce(totals, "sum").tolist()
+        seconds = time.perf_counter() - start
+        return {
+            "train_loss": loss_sum / seen, "train_top1": 100 * correct / seen, "images_per_second": seen / seconds,
+            "seconds": seconds,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent over the evaluation split."""
+        if self.accelerator.num_processes > 1:
+            # running statistics differ by rank; those of rank 0 are exported, so they are what is measured
+            for buffer in self.model.buffers():
+                buffer.copy_(broadcast(buffer, from_process=0))
+        self.model.eval()
+        metric, losses = TopKAccuracy(keep_in_memory=True), []
+        for images, labels in self.val_loader:
+            output = self.model(images)
+            loss = nn.functional.cross_entropy(output, labels, reduction="none")
+            best = output.topk(min(K, output.shape[-1])).indices
+            best, labels, loss = self.accelerator.gather_for_metrics((best, labels, loss))
+            metric.add_batch(predictions=best.cpu().numpy(), references=labels.cpu().numpy())
+            losses.append(loss)
+        if not losses:
+            raise ApartError("the evaluation split gave no batch; check --val-split.")
+        result = metric.compute()
+        return {"eval_loss": torch.cat(losses).mean().item(), "top1": result["top1"], "top5": result["top5"]}

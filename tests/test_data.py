@@ -1,0 +1,172 @@
+"""Datasets from every kind of source, and the errors a user meets."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from apart_hf import ApartError
+from apart_hf.data import TransformedImages, data_config, eval_transform, load_image_data, train_transform
+
+
+def images(count, size=(20, 16), mode="RGB"):
+    rng = np.random.default_rng(0)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return [PILImage.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).convert(mode) for _ in range(count)]
+
+
+def split(count=6, names=("cat", "dog"), label="label", labels=None, column="image"):
+    values = labels if labels is not None else [i % len(names) for i in range(count)]
+    kind = ClassLabel(names=list(names)) if names else Value("int64")
+    return Dataset.from_dict({column: images(count), label: values}, features=Features({column: Image(), label: kind}))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    def write(**splits):
+        for name, data in splits.items():
+            data.to_parquet(str(tmp_path / f"{name}-00000-of-00001.parquet"))
+        return str(tmp_path)
+
+    return write
+
+
+def test_the_bundled_data():
+    data = load_image_data("demo")
+    assert (len(data.train), len(data.val)) == (6000, 1000)
+    assert data.class_names[0] == "T-shirt/top" and data.image_size == (28, 28)
+    for part, per_class in ((data.train, 600), (data.val, 100)):
+        assert np.bincount(part["label"][:]).tolist() == [per_class] * 10
+
+
+def test_no_image_is_in_both_splits():
+    data = load_image_data("demo")
+    pixels = [{image.tobytes() for image in part["image"]} for part in (data.train, data.val)]
+    assert not pixels[0] & pixels[1]
+
+
+def test_grey_images_become_rgb_tensors():
+    data = load_image_data("demo")
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), data.image_size, mean=(0.286,) * 3)
+    image, label = TransformedImages(data.val, "image", "label", eval_transform(config))[0]
+    assert image.shape == (3, 28, 28) and torch.equal(image[0], image[0]) and isinstance(label, int)
+    assert data.val[0]["image"].mode == "L"
+
+
+def test_the_evaluation_transform_leaves_small_images_alone():
+    data = load_image_data("demo")
+    config = data_config({"input_size": (3, 224, 224)}, data.image_size, mean=(0.25,) * 3, std=(0.5,) * 3)
+    tensor = eval_transform(config)(data.val[0]["image"].convert("RGB"))
+    pixels = torch.from_numpy(np.array(data.val[0]["image"]))
+    assert torch.allclose(tensor[0], (pixels / 255 - 0.25) / 0.5)
+
+
+def test_the_training_transform_is_pad_4_crop_flip():
+    """Every drawn image is one of the 9 x 9 crops of the padded original, flipped or not; all of them occur."""
+    config = data_config({"input_size": (3, 224, 224)}, (8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
+    original = images(1, (8, 8))[0]
+    padded = torch.nn.functional.pad(torch.from_numpy(np.array(original)).permute(2, 0, 1) / 255, (4, 4, 4, 4))
+    crops = {}
+    for y in range(9):
+        for x in range(9):
+            crop = padded[:, y:y + 8, x:x + 8]
+            crops[crop.numpy().tobytes()] = crops[crop.flip(-1).numpy().tobytes()] = (y, x)
+    torch.manual_seed(0)
+    transform = train_transform(config, (8, 8))
+    drawn = [crops[transform(original).numpy().tobytes()] for _ in range(600)]
+    assert len(set(drawn)) > 78
+
+
+def test_large_images_take_timms_transform():
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), (500, 400))
+    assert config["input_size"] == (3, 224, 224) and config["crop_pct"] < 1
+    assert "RandomResizedCrop" in str(train_transform(config, (500, 400)))
+    assert train_transform(config, (500, 400))(images(1, (500, 400))[0]).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(28, 40), (40, 28)])
+def test_small_images_that_are_not_square(size):
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), size)
+    for transform in (train_transform(config, size), eval_transform(config)):
+        assert transform(images(1, size)[0]).shape == (3, 28, 28)
+
+
+def test_img_size_resizes():
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), (28, 28), img_size=40)
+    for transform in (train_transform(config, (28, 28)), eval_transform(config)):
+        assert transform(images(1, (28, 28))[0]).shape == (3, 40, 40)
+
+
+def test_parquet_folder_with_other_names(parquet):
+    folder = parquet(train=split(column="img", label="fine_label"), test=split(column="img", label="fine_label"))
+    data = load_image_data(data_dir=folder)
+    assert (data.spec.input_key, data.spec.target_key, data.spec.val_split) == ("img", "fine_label", "test")
+    assert data.class_names == ["cat", "dog"] and data.image_size == (20, 16)
+
+
+def test_integer_labels_without_names(parquet):
+    parts = {"train": split(names=(), labels=[0, 2, 1, 1, 0, 2]), "test": split(names=(), labels=[1] * 6)}
+    data = load_image_data(data_dir=parquet(**parts))
+    assert data.class_names == ["0", "1", "2"]
+
+
+def test_image_folder(tmp_path):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i, image in enumerate(images(3)):
+                image.save(tmp_path / part / name / f"{i}.png")
+    data = load_image_data(data_dir=str(tmp_path))
+    assert data.class_names == ["cat", "dog"] and len(data.train) == len(data.val) == 6
+    assert sorted(data.train["label"][:]) == [0, 0, 0, 1, 1, 1]
+
+
+def test_saved_to_disk(tmp_path):
+    DatasetDict(train=split(), validation=split(4)).save_to_disk(str(tmp_path / "saved"))
+    data = load_image_data(data_dir=str(tmp_path / "saved"))
+    assert (len(data.train), len(data.val), data.spec.val_split) == (6, 4, "validation")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"train_split": "trian"}, r"no split 'trian': the splits are train, test; name one with --train-split"),
+    ({"val_split": "dev"}, r"no split 'dev': the splits are train, test; name one with --val-split"),
+    ({"input_key": "picture"}, r"'picture' is no image column: the columns are image \(Image\), label \(ClassLabel\)"),
+    ({"target_key": "image"}, r"'image' is no class label column: .*--target-key"),
+    ({"num_classes": 3}, r"--num-classes 3, but .* has 2 classes"),
+])
+def test_names_that_do_not_exist(parquet, arguments, message):
+    folder = parquet(train=split(), test=split())
+    with pytest.raises(ApartError, match=message):
+        load_image_data(data_dir=folder, **arguments)
+
+
+@pytest.mark.parametrize("splits, message", [
+    ({"train": split()}, "no split called validation or .*: the splits are train;.*--val-split"),
+    ({"train": split(), "test": split(names=("cat", "cow", "dog"))}, r"'test': 2 labels .* first at index 2 \(2\)"),
+    ({"train": split(labels=[0, 1, -1, 0, 1, 0]), "test": split()}, r"'train': 1 labels .*0\.\.1, .* index 2 \(-1\)"),
+    ({"train": split(names=(), labels=[0, 1] * 3), "test": split(names=(), labels=[5] * 6)}, r"'test': 6 labels"),
+    ({"train": split().remove_columns("label"), "test": split()}, "cannot load|no class label column"),
+])
+def test_data_that_cannot_be_trained_on(parquet, splits, message):
+    with pytest.raises(ApartError, match=message) as error:
+        load_image_data(data_dir=parquet(**splits))
+    assert "\n" not in str(error.value)
+
+
+def test_classes_that_differ_between_the_splits(tmp_path):
+    DatasetDict(train=split(), test=split(names=("dog", "cat"))).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ApartError, match="another order"):
+        load_image_data(data_dir=str(tmp_path / "saved"))
+
+
+def test_sources_that_do_not_exist(tmp_path):
+    with pytest.raises(ApartError, match="does not exist"):
+        load_image_data(data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(ApartError, match=r"cannot load .*; it needs parquet files"):
+        load_image_data(data_dir=str(tmp_path))
+    with pytest.raises(ApartError, match="unknown dataset 'cifar-100': did you mean 'cifar100'"):
+        load_image_data("cifar-100")
+    with pytest.raises(ApartError, match=r"cannot load someone/nothing: .*--data-dir"):
+        load_image_data("someone/nothing")

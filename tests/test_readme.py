@@ -1,0 +1,52 @@
+"""The README is true: its code runs, its flags exist, its tables are the code's own."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from apart_hf.config import parse_arguments
+from apart_hf.data import DATASETS
+from apart_hf.strategies import METHODS
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_loop_runs():
+    (loop,) = blocks("python")
+    scope = {}
+    exec(loop, scope)
+    assert scope["loss"].isfinite() and scope["output"].shape == (32, 10)
+
+
+def test_every_train_command_parses():
+    shell = "".join(blocks("bash")).splitlines()
+    commands = [shlex.split(line) for line in shell if "scripts/train.py" in line]
+    assert len(commands) == 3
+    for command in commands:
+        parse_arguments(command[command.index("scripts/train.py") + 1:])
+
+
+def test_every_flag_exists(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    flags = capsys.readouterr().out
+    prose = re.sub(r"```.*?```", "", README, flags=re.S).replace("--methods", "")
+    assert all(flag in flags for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose))
+
+
+def test_the_table_of_methods():
+    rows = dict(re.findall(r"^\| `([a-z][a-z-]*)` \|[^|]*\|([^|]*)\|[^|]*\|$", README, re.M))
+    assert rows.keys() == METHODS.keys()
+    for name, cell in rows.items():
+        documented = {key: float(value) for key, value in re.findall(r"`(\w+)` \(([\d.]+)\)", cell)}
+        assert documented == METHODS[name].hyper_parameters()
+
+
+def test_every_dataset_is_named():
+    assert all(f"`{name}`" in README for name in DATASETS)
