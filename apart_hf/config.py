@@ -40,8 +40,8 @@ class TrainConfig:
     channels_last: bool = _option(False, "model", "keep activations in channels_last memory format")
 
     method: str = _text("apart", "method", _METHODS, metavar="NAME")
-    epsilon: float | None = _float(None, "method", "radius of delta, a share of the batch mean and scale [apart: 0.1]")
-    groups: int | None = _int(None, "method", "groups of samples with statistics of their own [apart: 16, on demo 8]")
+    epsilon: float | None = _float(None, "method", "radius of delta, a share of batch mean and scale [0.1; demo: 0.05]")
+    groups: int | None = _int(None, "method", "groups of samples with statistics of their own [16; demo: 8]")
     ratio: float | None = _float(None, "method", "share of the batch in the second pass, in (0, 1] [apart: 1]")
     rho: float | None = _float(None, "method", "radius of SAM's step in the weights [sam: 0.05, apart-sam: 0.2]")
 
@@ -68,7 +68,7 @@ class TrainConfig:
     opt: str = _text("momentum", "optimisation", "timm optimizer; momentum is SGD without Nesterov", metavar="NAME")
     lr: float | None = _float(None, "optimisation", "learning rate [0.1; demo: 0.05]")
     momentum: float = _float(0.9, "optimisation", "SGD momentum")
-    weight_decay: float = _float(5e-4, "optimisation", "on all parameters, as in the paper")
+    weight_decay: float | None = _float(None, "optimisation", "on all parameters [0.0005, the paper's; demo: 0.005]")
     sched: str | None = _text(
         None, "optimisation", "learning-rate schedule, by step [multistep; demo: cosine]",
         choices=("multistep", "cosine", "none"),

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, LoggerType, set_seed
 from timm.data import Mixup
 from timm.models import is_model, parse_model_name, split_model_name_tag
@@ -126,6 +127,8 @@ def check_names(config: TrainConfig) -> None:
     for tracker in config.report_to or ():
         if tracker not in [known.value for known in LoggerType]:
             raise unknown_name("tracker", tracker, [known.value for known in LoggerType])
+        if tracker not in [*get_available_trackers(), "all"]:
+            raise ApartError(f"--report-to {tracker}: not installed; pip install {tracker}, or drop the flag.")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -133,22 +136,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted == "fp16" and not torch.cuda.is_available():
         raise ApartError("float16 needs a GPU (no gradient scaler runs on the CPU); use --amp-dtype bfloat16.")
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
-    missing = {*(config.report_to or ())} - {str(tracker.value) for tracker in accelerator.log_with} - {"all"}
-    if missing:
-        raise ApartError(f"--report-to {' '.join(sorted(missing))}: not installed; pip install it or drop the flag.")
-    return accelerator
 
 
 def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
     """The config with every None that depends on data, method or machine decided."""
-    usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep"} | data.spec.defaults
-    if "groups" not in METHODS[config.method].hyper_parameters() or config.batch_size is not None:
-        usual.pop("groups", None)  # it belongs to the usual batch size
-    config = dataclasses.replace(config, **{k: v for k, v in usual.items() if getattr(config, k) is None})
+    usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
+    usual |= data.spec.defaults
+    lacking = {"epsilon", "groups", "ratio", "rho"} - METHODS[config.method].hyper_parameters().keys()
+    if config.batch_size is not None:
+        lacking.add("groups")  # it belongs to the usual batch size
+    unset = {k: v for k, v in usual.items() if getattr(config, k) is None and k not in lacking}
+    config = dataclasses.replace(config, **unset)
     epochs = config.epochs
     return dataclasses.replace(
         config,

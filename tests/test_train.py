@@ -31,12 +31,11 @@ FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-
 RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots"}
 
 
-def run(*command, **env):
-    result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300,
+def run(*command, cwd="/", **env):
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | env,
     )
-    return result
 
 
 def lines(folder):
@@ -159,6 +158,7 @@ def test_the_run_folder(tmp_path, small_data):
     assert [line["epoch"] for line in history] == [1, 2, 3, 4]
     assert [line["lr"] for line in history] == pytest.approx([0.1, 0.01, 0.01, 0.001])  # after epochs 1 and 3
     config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["batch_size"], config["weight_decay"], config["sched"]) == (16, 5e-4, "multistep")
     assert (config["epsilon"], config["groups"], config["val_split"], config["input_key"]) == (0.1, 2, "test", "image")
     assert config["num_classes"] == 10 and config["amp_dtype"] == "float32"
     exported = json.loads((folder / "last" / "config.json").read_text())
@@ -264,8 +264,8 @@ def test_two_processes(tmp_path, small_data):
     (["--method", "aprt"], "unknown method 'aprt': did you mean 'apart'"),
     (["--dataset", "cifar"], "unknown dataset 'cifar': did you mean 'cifar10'"),
     (["--method", "sam", "--epsilon", "0.1"], "'sam' has no hyper-parameter 'epsilon'"),
-    (["--groups", "5"], "groups=5 does not divide the 128 samples"),
-    (["--ratio", "0.3"], "38.4 samples, not a whole number"),
+    (["--groups", "5"], "groups=5 does not divide the 64 samples"),
+    (["--ratio", "0.3"], "19.2 samples, not a whole number"),
     (["--ratio", "2"], "ratio=2.0"),
     (["--epsilon", "-1"], "epsilon=-1.0"),
     (["--method", "sam", "--rho", "-1"], "rho=-1.0"),
@@ -329,7 +329,7 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
         "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to"
     )
     assert all(f"--{flag}" in text for flag in flags.split())
-    assert "[128]" in text and "[0.0005]" in text
+    assert "[128; demo: 64]" in text and "[0.9]" in text
 
 
 def test_the_wheel_works_elsewhere(tmp_path):
