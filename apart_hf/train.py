@@ -127,7 +127,7 @@ def check_names(config: TrainConfig) -> None:
     for tracker in config.report_to or ():
         if tracker not in [known.value for known in LoggerType]:
             raise unknown_name("tracker", tracker, [known.value for known in LoggerType])
-        if tracker not in [*get_available_trackers(), "all"]:
+        if LoggerType(tracker) not in [*get_available_trackers(), LoggerType.ALL]:
             raise ApartError(f"--report-to {tracker}: not installed; pip install {tracker}, or drop the flag.")
 
 
