@@ -118,6 +118,11 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def is_registered_here(model: nn.Module) -> bool:
+    """Whether timm knows the architecture of `model` only after `import apart_hf`."""
+    return model.pretrained_cfg["architecture"] in default_cfgs
+
+
 default_cfgs = generate_default_cfgs({"wide_resnet40_2": _cfg()})
 
 

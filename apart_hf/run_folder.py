@@ -41,7 +41,7 @@ class RunFolder:
         self.images, self.data, self.accelerator = images, data, accelerator
         self.history: list[dict[str, float]] = []
         self.folder = _make_folder(config, accelerator)
-        self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper_fields(hyper))
+        self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper)
         settings = dataclasses.asdict(config)
         if config.report_to:
             accelerator.project_configuration.logging_dir = str(self.folder)
@@ -83,12 +83,6 @@ class RunFolder:
         """Remove the folder of a run that was refused before its first epoch ended."""
         if self.accelerator.is_main_process and not self.history:
             shutil.rmtree(self.folder)
-
-
-def hyper_fields(hyper: dict[str, Any]) -> dict[str, Any]:
-    """Those of a strategy's hyper-parameters that are settings of `TrainConfig`."""
-    names = {option.name for option in dataclasses.fields(TrainConfig)}
-    return {key: value for key, value in hyper.items() if key in names}
 
 
 def _make_folder(config: TrainConfig, accelerator: Accelerator) -> Path:

@@ -32,6 +32,7 @@ from apart_hf.data import (
     train_transform,
 )
 from apart_hf.errors import ApartError, unknown_name
+from apart_hf.models import is_registered_here
 from apart_hf.run_folder import RunFolder
 from apart_hf.runtime import cores, use_threads
 from apart_hf.strategies import METHODS, create_strategy
@@ -66,6 +67,7 @@ def train(config: TrainConfig) -> Path:
         )
     config = resolve(config, data, accelerator, threads)
     model, images = make_model(config, data)
+    config = dataclasses.replace(config, img_size=images["input_size"][-1])
     train_loader, val_loader = make_loaders(config, data, images, accelerator)
     # weight decay on every parameter, BN and biases included, as in the paper
     optimizer = create_optimizer_v2(
@@ -107,8 +109,9 @@ def train(config: TrainConfig) -> Path:
         run.discard_if_empty()
         raise
     accelerator.end_training()
+    ours = "import apart_hf and " if is_registered_here(accelerator.unwrap_model(model)) else ""
     say(f"done: top-1 {run.history[-1]['top1']:.2f} % on {data.spec.val_split}. Load it with "
-        f"timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
+        f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
     return run.folder
 
 
@@ -154,6 +157,7 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
     epochs = config.epochs
     return dataclasses.replace(
         config,
+        dataset=config.dataset_name,
         decay_milestones=config.decay_milestones or sorted({max(1, epochs // 2), max(1, epochs * 3 // 4)}),
         workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
         amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],

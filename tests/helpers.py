@@ -1,6 +1,10 @@
-"""Models with BN mistakes made visible, and comparisons."""
+"""Models with BN mistakes made visible, comparisons, and commands run for real."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
 
 import timm
 import torch
@@ -8,6 +12,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import apart_hf  # noqa: F401  registers models
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-steps", "2"]
+
+
+def run(*command, cwd="/", **env):
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | env,
+    )
 
 
 def randomise_batchnorm(model, seed=0):

@@ -1,8 +1,7 @@
-"""The trainer, the command line and the run folder, on real images."""
+"""The trainer and the run folder, on real images."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,43 +12,23 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from apart_hf import create_strategy
-from apart_hf.config import TrainConfig, parse_arguments
+from apart_hf.config import TrainConfig
 from apart_hf.data import load_image_data
 from apart_hf.hub import export_folder
 from apart_hf.metrics import TopKAccuracy
 from apart_hf.runtime import cores
-from apart_hf.train import main, train
+from apart_hf.train import train
 from apart_hf.trainer import Trainer
-from tests.helpers import assert_same, batch, build
+from tests.helpers import FAST, ROOT, assert_same, batch, build, run
 
-ROOT = Path(__file__).parents[1]
-FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-steps", "2"]
 RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots"}
-
-
-def run(*command, cwd="/", **env):
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | env,
-    )
 
 
 def lines(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def a_process_of_its_own():
-    """Accelerate keeps precision and device for a whole process; each test here stands for one."""
-    threads = torch.get_num_threads()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +139,7 @@ def test_the_run_folder(tmp_path, small_data):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["batch_size"], config["weight_decay"], config["sched"]) == (16, 5e-4, "multistep")
     assert (config["epsilon"], config["groups"], config["val_split"], config["input_key"]) == (0.1, 2, "test", "image")
+    assert (config["dataset"], config["img_size"]) == ("little", 28)
     assert config["num_classes"] == 10 and config["amp_dtype"] == "float32"
     exported = json.loads((folder / "last" / "config.json").read_text())
     assert exported["apart"]["dataset"] == "little" and exported["apart"]["epoch"] == 4
@@ -170,6 +150,15 @@ def test_the_run_folder(tmp_path, small_data):
     assert train(TrainConfig(  # the same command again does not touch the first run
         model="test_resnet", data_dir=small_data, batch_size=16, groups=2, max_steps=1, output=str(tmp_path),
     )) == tmp_path / "little-test_resnet-apart-2"
+
+
+def test_our_own_architecture_says_what_it_needs(tmp_path, small_data, capsys):
+    folder = train(TrainConfig(
+        model="wide_resnet40_2", method="sam", data_dir=small_data, batch_size=8, max_steps=1, output=str(tmp_path),
+    ))
+    assert f"import apart_hf and timm.create_model('local-dir:{folder}/last'" in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{folder}/last", pretrained=True)
+    assert model.num_classes == 10 and model.pretrained_cfg["label_names"][9] == "Ankle boot"
 
 
 def test_workers_and_bfloat16_and_a_tracker(tmp_path, small_data):
@@ -257,79 +246,6 @@ def test_two_processes(tmp_path, small_data):
     assert {entry.name for entry in folder.iterdir()} == RUN_FILES
     loaded = run(sys.executable, "-c", LOAD_WITHOUT_US, folder / "last", f"{small_data}/test.parquet")
     assert json.loads(loaded.stdout)["eval_loss"] == pytest.approx(lines(folder)[-1]["eval_loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "resnet81"], "unknown model 'resnet81': did you mean .*'resnet18'"),
-    (["--method", "aprt"], "unknown method 'aprt': did you mean 'apart'"),
-    (["--dataset", "cifar"], "unknown dataset 'cifar': did you mean 'cifar10'"),
-    (["--method", "sam", "--epsilon", "0.1"], "'sam' has no hyper-parameter 'epsilon'"),
-    (["--groups", "5"], "groups=5 does not divide the 64 samples"),
-    (["--ratio", "0.3"], "19.2 samples, not a whole number"),
-    (["--ratio", "2"], "ratio=2.0"),
-    (["--epsilon", "-1"], "epsilon=-1.0"),
-    (["--method", "sam", "--rho", "-1"], "rho=-1.0"),
-    (["--model", "vit_tiny_patch16_224"], "has no BatchNorm layer"),
-    (["--batch-size", "9000", "--groups", "1"], "'train' has 6000 images, fewer than one step of 9000"),
-    (["--amp-dtype", "float16"], "float16 needs a GPU"),
-    (["--val-split", "dev"], "no split 'dev': the splits are train, test"),
-    (["--input-key", "img"], "'img' is no image column"),
-    (["--num-classes", "7"], "--num-classes 7, but .* has 10 classes"),
-    (["--epochs", "0"], "--epochs 0: must be"),
-    (["--lr", "nan"], "--lr nan"),
-    (["--lr", "abc"], "argument --lr: invalid float value"),
-    (["--learning-rate", "1"], "unrecognized arguments"),
-    (["--opt", "momentumm"], "unknown optimizer 'momentumm': did you mean 'momentum'"),
-    (["--report-to", "tensorbord"], "unknown tracker 'tensorbord': did you mean 'tensorboard'"),
-    (["--report-to", "comet_ml"], "comet_ml: not installed"),
-    (["--experiment", "../elsewhere"], "must be a plain folder name"),
-    (["--mixup", "0.2", "--batch-size", "33"], "--batch-size 33 is odd"),
-    (["--model", "resnet18", "-b", "8", "--groups", "8"], "'layer4.0.bn1' has one value per channel in a group"),
-    (["--data-dir", "/nowhere"], "/nowhere does not exist"),
-])
-def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--output", str(tmp_path / "out"), "--model", "test_resnet", *arguments])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
-    assert not any((tmp_path / "out").glob("*"))
-
-
-def test_output_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        main([*FAST, "--output", str(tmp_path / "file")])
-    assert stop.value.code == 2 and "cannot write" in capsys.readouterr().err
-
-
-def test_an_experiment_that_exists_is_left_alone(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        main([*FAST, "--output", str(tmp_path), "--experiment", "mine"])
-    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
-    assert not list((tmp_path / "mine").iterdir())
-
-
-def test_the_script_itself_exits_with_2(tmp_path):
-    result = run(sys.executable, ROOT / "scripts/train.py", "--model", "resnet_18", "--output", tmp_path / "out")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("train.py: error: unknown model")
-
-
-def test_help_has_groups_defaults_and_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    text = capsys.readouterr().out
-    for title in ("model:", "method:", "data:", "optimisation:", "run:"):
-        assert f"\n{title}\n" in text
-    flags = (
-        "model method epsilon groups ratio rho dataset data-dir train-split val-split input-key target-key epochs "
-        "max-steps batch-size lr momentum weight-decay sched decay-milestones warmup-epochs mixup smoothing img-size "
-        "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to"
-    )
-    assert all(f"--{flag}" in text for flag in flags.split())
-    assert "[128; demo: 64]" in text and "[0.9]" in text
 
 
 def test_the_wheel_works_elsewhere(tmp_path):

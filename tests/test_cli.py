@@ -1,0 +1,83 @@
+"""The command line: what it refuses, and how."""
+
+import re
+import sys
+
+import pytest
+
+from apart_hf.config import parse_arguments
+from apart_hf.train import main
+from tests.helpers import FAST, ROOT, run
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "resnet81"], "unknown model 'resnet81': did you mean .*'resnet18'"),
+    (["--method", "aprt"], "unknown method 'aprt': did you mean 'apart'"),
+    (["--dataset", "cifar"], "unknown dataset 'cifar': did you mean 'cifar10'"),
+    (["--method", "sam", "--epsilon", "0.1"], "'sam' has no hyper-parameter 'epsilon'"),
+    (["--groups", "5"], "groups=5 does not divide the 64 samples"),
+    (["--ratio", "0.3"], "19.2 samples, not a whole number"),
+    (["--ratio", "2"], "ratio=2.0"),
+    (["--epsilon", "-1"], "epsilon=-1.0"),
+    (["--method", "sam", "--rho", "-1"], "rho=-1.0"),
+    (["--model", "vit_tiny_patch16_224"], "has no BatchNorm layer"),
+    (["--batch-size", "9000", "--groups", "1"], "'train' has 6000 images, fewer than one step of 9000"),
+    (["--amp-dtype", "float16"], "float16 needs a GPU"),
+    (["--val-split", "dev"], "no split 'dev': the splits are train, test"),
+    (["--input-key", "img"], "'img' is no image column"),
+    (["--num-classes", "7"], "--num-classes 7, but .* has 10 classes"),
+    (["--epochs", "0"], "--epochs 0: must be"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--lr", "abc"], "argument --lr: invalid float value"),
+    (["--learning-rate", "1"], "unrecognized arguments"),
+    (["--opt", "momentumm"], "unknown optimizer 'momentumm': did you mean 'momentum'"),
+    (["--report-to", "tensorbord"], "unknown tracker 'tensorbord': did you mean 'tensorboard'"),
+    (["--report-to", "comet_ml"], "comet_ml: not installed"),
+    (["--experiment", "../elsewhere"], "must be a plain folder name"),
+    (["--mixup", "0.2", "--batch-size", "33"], "--batch-size 33 is odd"),
+    (["--model", "resnet18", "-b", "8", "--groups", "8"], "'layer4.0.bn1' has one value per channel in a group"),
+    (["--data-dir", "/nowhere"], "/nowhere does not exist"),
+])
+def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path / "out"), "--model", "test_resnet", *arguments])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main([*FAST, "--output", str(tmp_path / "file")])
+    assert stop.value.code == 2 and "cannot write" in capsys.readouterr().err
+
+
+def test_an_experiment_that_exists_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main([*FAST, "--output", str(tmp_path), "--experiment", "mine"])
+    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_the_script_itself_exits_with_2(tmp_path):
+    result = run(sys.executable, ROOT / "scripts/train.py", "--model", "resnet_18", "--output", tmp_path / "out")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("train.py: error: unknown model")
+
+
+def test_help_has_groups_defaults_and_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for title in ("model:", "method:", "data:", "optimisation:", "run:"):
+        assert f"\n{title}\n" in text
+    flags = (
+        "model method epsilon groups ratio rho dataset data-dir train-split val-split input-key target-key epochs "
+        "max-steps batch-size lr momentum weight-decay sched decay-milestones warmup-epochs mixup smoothing img-size "
+        "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to"
+    )
+    assert all(f"--{flag}" in text for flag in flags.split())
+    assert "[128; demo: 64]" in text and "[0.9]" in text
