@@ -102,6 +102,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):  # NaN is refused too
                 raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
+        if self.clip_grad == 0:
+            raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
+        if self.seed >= 2**32 - 1:
+            raise ApartError(f"--seed {self.seed}: must be below 2**32 - 1.")
         if any(milestone < 1 for milestone in self.decay_milestones or ()):
             raise ApartError(f"--decay-milestones {self.decay_milestones}: epochs are counted from 1.")
         if self.smoothing >= 1:

@@ -67,7 +67,7 @@ class BatchNormStatistics(Perturbation):
             raise ApartError(f"groups={groups!r}: the number of groups must be an integer >= 1.")
         self.model, self.epsilon, self.groups = model, epsilon, groups
         self.layers = supported_layers(model)
-        self._deltas = self._leaves = None
+        self._deltas = self._leaves = self._fixed = None
 
     def check(self, samples: int) -> None:
         if samples % self.groups:
@@ -95,6 +95,8 @@ class BatchNormStatistics(Perturbation):
             self._deltas = torch.zeros(sum(widths), device=parameter.device, dtype=dtype)
             leaves = [piece.detach().requires_grad_() for piece in self._deltas.split(widths)]
             self._leaves = dict(zip(self.layers, zip(leaves[::2], leaves[1::2])))
+            # the same memory without gradient; made once, since torch.compile recompiles for fresh tensors
+            self._fixed = {name: (mu.detach(), sigma.detach()) for name, (mu, sigma) in self._leaves.items()}
             layer_of = [i for i, layer in enumerate(self.layers.values()) for _ in range(2 * layer.num_features)]
             self._layer_of = torch.tensor(layer_of, device=parameter.device)
         self._deltas.zero_()
@@ -124,8 +126,7 @@ class BatchNormStatistics(Perturbation):
         self._deltas.copy_(torch.where(counts, self.epsilon * gradient.sign(), 0.0))
 
     def applied(self, samples: int) -> AbstractContextManager[None]:
-        deltas = {name: (mu.detach(), sigma.detach()) for name, (mu, sigma) in self._leaves.items()}
-        return replaced_forwards(self._active(), deltas, samples=samples, groups=self.groups, perturbed=True)
+        return replaced_forwards(self._active(), self._fixed, samples=samples, groups=self.groups, perturbed=True)
 
 
 class Weights(Perturbation):

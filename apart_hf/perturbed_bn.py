@@ -51,6 +51,10 @@ def unfold_groups(x: Tensor, like: Tensor, groups: int, rows_per_sample: int = 1
     return out
 
 
+def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
+    return (gamma * (1 + delta_sigma)).to(gamma.dtype)  # the kernels want the dtype of beta
+
+
 class _PerturbedBatchNorm(torch.autograd.Function):
     """Eq. 3 by the framework's own batch-norm kernels; see `perturbed_batch_norm` for the symbols.
 
@@ -60,7 +64,7 @@ class _PerturbedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, groups, rows_per_sample, shifted):
-        weight = gamma * (1 + delta_sigma) if shifted else gamma
+        weight = _scale(gamma, delta_sigma) if shifted else gamma
         mean, var = buffers if buffers is not None else (None, None)
         out, mu, inv_sigma = torch.native_batch_norm(
             fold_groups(x, groups, rows_per_sample),
@@ -78,7 +82,7 @@ class _PerturbedBatchNorm(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, gamma, delta_mu, delta_sigma, mu, inv_sigma = ctx.saved_tensors
         groups, rows = ctx.groups, ctx.rows_per_sample
-        weight = gamma * (1 + delta_sigma) if ctx.shifted else gamma
+        weight = _scale(gamma, delta_sigma) if ctx.shifted else gamma
         grad_x, grad_w, grad_b = torch.ops.aten.native_batch_norm_backward(
             fold_groups(grad_out, groups, rows), fold_groups(x, groups, rows), weight.repeat(groups),
             None, None, mu, inv_sigma, True, ctx.eps, [ctx.needs_input_grad[0], True, True],
@@ -141,7 +145,7 @@ _EPILOGUES: dict[Callable, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BN layers of `model` by name, wrappers' prefixes (`module.`, `_orig_mod.`) left out.
+    """The BN layers of `model` by name.
 
     Raises: ApartError where there is none, or one whose forward is not known to be BN followed by an activation.
     """
@@ -149,10 +153,9 @@ def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     for name, layer in model.named_modules():
         if not isinstance(layer, _BatchNorm):
             continue
-        name = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
         if type(layer).forward not in _EPILOGUES:
             raise ApartError(
-                f"BatchNorm layer {name!r} is a {type(layer).__name__}, whose own forward cannot be perturbed; "
+                f"BatchNorm layer {_shown(name)} is a {type(layer).__name__}, whose own forward cannot be perturbed; "
                 "replace it by BatchNorm2d or timm's BatchNormAct2d, or use a method that leaves BatchNorm alone (sam)."
             )
         layers[name] = layer
@@ -162,6 +165,13 @@ def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
             "take a BatchNorm model (timm.list_models('*resnet*')) or the method 'sam' or 'standard'."
         )
     return layers
+
+
+def _shown(name: str) -> str:
+    """A layer's name for a message, without the prefixes of DDP and torch.compile."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return repr(name)
 
 
 def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None, float]:
@@ -177,17 +187,17 @@ def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None
 
 
 def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int) -> int:
-    rows = x.shape[0] // samples
-    if rows * samples != x.shape[0]:
+    rows = x.shape[0] // samples if groups > 1 else 1
+    if groups > 1 and rows * samples != x.shape[0]:
         raise ApartError(
-            f"BatchNorm layer {name!r} sees {x.shape[0]} rows for {samples} samples, so rows cannot be told apart by "
-            "sample; use groups=1."
+            f"BatchNorm layer {_shown(name)} sees {x.shape[0]} rows for {samples} samples, so rows cannot be told "
+            "apart by sample; use groups=1."
         )
     values = x.numel() // (x.shape[1] * groups)
     if values < 2:
         raise ApartError(
-            f"BatchNorm layer {name!r} has one value per channel in a group (input {tuple(x.shape)}, groups={groups}); "
-            f"use fewer groups (at most {samples // 2} for {samples} samples) or a larger batch."
+            f"BatchNorm layer {_shown(name)} has one value per channel in a group (input {tuple(x.shape)}, "
+            f"groups={groups}); use fewer groups, so that each has two samples or more, or a larger batch."
         )
     return rows
 
@@ -195,6 +205,8 @@ def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int) -> int:
 def _affine(layer: _BatchNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if layer.affine:
         return layer.weight, layer.bias
+    if layer.running_mean is not None:
+        dtype = layer.running_mean.dtype
     return x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
 
 
@@ -228,8 +240,8 @@ def replaced_forwards(
     for name, layer in layers.items():
         if "forward" in layer.__dict__:
             raise ApartError(
-                f"BatchNorm layer {name!r} already has its forward replaced on the instance (a hook, an offloading "
-                "wrapper, or a pass of another strategy that is still open); remove that first."
+                f"BatchNorm layer {_shown(name)} already has its forward replaced on the instance (a hook, an "
+                "offloading wrapper, or a pass of another strategy that is still open); remove that first."
             )
     try:
         for name, layer in layers.items():
@@ -242,6 +254,21 @@ def replaced_forwards(
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def kept_buffers(buffers: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
+    """Undo at the end what the block does to those (buffer, version) that were written to since the version was taken.
+
+    For layers that keep running statistics without being a `_BatchNorm` (EvoNorm): what the clean pass updates, the
+    perturbed pass would update again.
+    """
+    before = [(buffer, buffer.clone()) for buffer, version in buffers if buffer._version != version]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.perturbations import BatchNormStatistics, Perturbation, Weights
-from apart_hf.perturbed_bn import is_channels_last, untracked_statistics
+from apart_hf.perturbed_bn import is_channels_last, kept_buffers, untracked_statistics
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class TwoPassStrategy:
     def second_pass_size(self, samples: int) -> int:
         """N for a batch of M `samples`, checked against every perturbation's needs."""
         size = round(self.ratio * samples)
-        if abs(size - self.ratio * samples) > 1e-6 or size < 1:
+        if abs(size - self.ratio * samples) > 1e-4 or size < 1:  # a ratio may come rounded from a command line
             raise ApartError(
                 f"ratio={self.ratio} of a batch of {samples} is {self.ratio * samples:g} samples, not a whole number; "
-                f"choose a ratio k/{samples}, for instance {max(size, 1)}/{samples} = {max(size, 1) / samples:g}."
+                f"choose a ratio k/{samples}, for instance {max(size, 1)}/{samples} = {max(size, 1) / samples!r}."
             )
         for perturbation in self.perturbations:
             perturbation.check(size)
@@ -150,6 +150,7 @@ class TwoPassStrategy:
         keeps = self.method.keeps_clean_gradient
         clean_weight, perturbed_weight = samples / (samples + drawn), drawn / (samples + drawn)
 
+        others = [(buffer, buffer._version) for buffer in self._other_buffers()]
         with self._isolated_gradients(), self._no_sync(), ExitStack() as observed:
             for perturbation in self.perturbations:
                 observed.enter_context(perturbation.observed(samples))
@@ -161,7 +162,7 @@ class TwoPassStrategy:
                 torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 0.0)
 
         images, targets = self._draw(images, targets, drawn)
-        with untracked_statistics(self._batchnorms), ExitStack() as applied:
+        with untracked_statistics(self._batchnorms), kept_buffers(others), ExitStack() as applied:
             for perturbation in self.perturbations:
                 applied.enter_context(perturbation.applied(drawn))
             self._pass(images, targets, criterion, backward, perturbed_weight if keeps else 1.0)
@@ -200,6 +201,10 @@ class TwoPassStrategy:
         finally:
             for p, gradient in earlier:
                 p.grad.add_(gradient)
+
+    def _other_buffers(self) -> list[Tensor]:
+        own = {id(buffer) for layer in self._batchnorms for buffer in layer.buffers(recurse=False)}
+        return [buffer for buffer in self.model.buffers() if id(buffer) not in own]
 
     def _no_sync(self) -> AbstractContextManager:
         """DDP reduces the sum of both passes' gradients, once, in the second backward."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, LoggerType, set_seed
 from timm.data import Mixup
-from timm.models import is_model, parse_model_name, split_model_name_tag
+from timm.models import is_model, split_model_name_tag
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> Path:
     try:
         for metrics in trainer.fit(config.epochs, config.max_steps):
             run.add(metrics, model)
-    except ApartError:
+    except Exception:
         run.discard_if_empty()
         raise
     accelerator.end_training()
@@ -121,9 +121,7 @@ def check_names(config: TrainConfig) -> None:
         raise unknown_name("method", config.method, METHODS)
     if config.data_dir is None:
         find_dataset(config.dataset)
-    source, name = parse_model_name(config.model)
-    architecture = split_model_name_tag(name)[0]
-    if source is None and not is_model(architecture):
+    if ":" not in config.model and not is_model(split_model_name_tag(config.model)[0]):
         raise unknown_name("model", config.model, timm.list_models())
     if config.opt not in list_optimizers():
         raise unknown_name("optimizer", config.opt, list_optimizers())
@@ -136,13 +134,13 @@ def check_names(config: TrainConfig) -> None:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype]
-    wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise ApartError("float16 needs a GPU (no gradient scaler runs on the CPU); use --amp-dtype bfloat16.")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ApartError("float16 needs a GPU (accelerate scales no gradients on the CPU); use --amp-dtype bfloat16.")
+    return accelerator
 
 
 def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
@@ -155,10 +153,12 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
     unset = {k: v for k, v in usual.items() if getattr(config, k) is None and k not in lacking}
     config = dataclasses.replace(config, **unset)
     epochs = config.epochs
+    if config.warmup_epochs >= epochs:
+        raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
     return dataclasses.replace(
         config,
         dataset=config.dataset_name,
-        decay_milestones=config.decay_milestones or sorted({max(1, epochs // 2), max(1, epochs * 3 // 4)}),
+        decay_milestones=sorted(config.decay_milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),
         workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
         amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
         threads=threads,
@@ -169,20 +169,33 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
 
 def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
     """The timm model for the data's classes, and timm's description of its evaluation images."""
-    source = timm.get_pretrained_cfg(config.model)
     kwargs = {}
-    if source is not None and source.fixed_input_size and config.img_size is not None:
-        kwargs["img_size"] = config.img_size
     try:
+        source = timm.get_pretrained_cfg(config.model)
+        if source is not None and source.fixed_input_size and config.img_size is not None:
+            kwargs["img_size"] = config.img_size
         model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
     except (RuntimeError, ValueError, OSError) as error:
-        raise ApartError(f"cannot create model {config.model!r}: {str(error).splitlines()[0]}") from error
+        raise ApartError(f"cannot create model {config.model!r}: {_first_line(error)}") from error
     size = data_config(
         model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=data.spec.mean, std=data.spec.std
     )
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *size["input_size"]))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        edge, usual = size["input_size"][-1], model.pretrained_cfg["input_size"][-1]
+        raise ApartError(
+            f"model {config.model!r} does not take images of {edge} pixels ({_first_line(error)}); "
+            f"try --img-size {usual}, the model's own."
+        ) from error
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model, size
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):

@@ -36,6 +36,12 @@ from tests.helpers import FAST, ROOT, run
     (["--experiment", "../elsewhere"], "must be a plain folder name"),
     (["--mixup", "0.2", "--batch-size", "33"], "--batch-size 33 is odd"),
     (["--model", "resnet18", "-b", "8", "--groups", "8"], "'layer4.0.bn1' has one value per channel in a group"),
+    (["--model", "vgg11_bn"], "'vgg11_bn' does not take images of 28 pixels.*--img-size 224"),
+    (["--model", "resnet18.a1_in1"], "cannot create model 'resnet18.a1_in1'"),
+    (["--model", "foo:bar"], "cannot create model 'foo:bar'"),
+    (["--seed", "5000000000"], "--seed 5000000000"),
+    (["--clip-grad", "0"], "--clip-grad 0"),
+    (["--epochs", "5", "--warmup-epochs", "5"], "--warmup-epochs 5 leaves nothing of --epochs 5"),
     (["--data-dir", "/nowhere"], "/nowhere does not exist"),
 ])
 def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, capsys):

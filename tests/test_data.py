@@ -93,6 +93,31 @@ def test_small_images_that_are_not_square(size):
         assert transform(images(1, size)[0]).shape == (3, 28, 28)
 
 
+def test_images_of_mixed_sizes():
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), (32, 32))
+    for transform in (train_transform(config, (32, 32)), eval_transform(config)):
+        for size in ((32, 32), (20, 24), (300, 200)):
+            assert transform(images(1, size)[0]).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_corrupt_image_is_named(tmp_path, position):
+    for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / part).mkdir(parents=True)
+        for i, image in enumerate(images(5)):
+            image.save(tmp_path / part / f"{i}.png")
+    (tmp_path / "train" / "cat" / f"{position}.png").write_bytes(b"no image")
+    with pytest.raises(ApartError, match=f"image {position} of split 'train' cannot be decoded"):
+        data = load_image_data(data_dir=str(tmp_path))
+        TransformedImages(data.train, "image", "label", lambda image: image).__getitems__([1, 2, 3])
+
+
+def test_a_name_beside_a_folder_lends_its_settings(parquet):
+    part = split(column="img", label="fine_label")
+    data = load_image_data("cifar100", parquet(train=part, test=part))
+    assert data.spec.mean == (0.4914, 0.4822, 0.4465) and data.class_names == ["cat", "dog"]
+
+
 def test_img_size_resizes():
     config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), (28, 28), img_size=40)
     for transform in (train_transform(config, (28, 28)), eval_transform(config)):
@@ -164,6 +189,8 @@ def test_classes_that_differ_between_the_splits(tmp_path):
 def test_sources_that_do_not_exist(tmp_path):
     with pytest.raises(ApartError, match="does not exist"):
         load_image_data(data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(ApartError, match="data/nowhere does not exist"):
+        load_image_data(data_dir="data/nowhere")  # a folder is never taken for a Hub id
     with pytest.raises(ApartError, match=r"cannot load .*; it needs parquet files"):
         load_image_data(data_dir=str(tmp_path))
     with pytest.raises(ApartError, match="unknown dataset 'cifar-100': did you mean 'cifar100'"):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from apart_hf import ApartError, create_strategy
+from apart_hf.perturbed_bn import perturbed_batch_norm
 from tests.helpers import assert_same, batch, build, gradients, snapshot
 from tests.reference import reference_step
 
@@ -210,3 +211,62 @@ def test_rows_per_sample_stay_in_their_sample_s_group():
     want, _, _ = reference_step(model, images, targets, cross_entropy, "apart", epsilon=0.2, groups=4)
     create_strategy("apart", model, epsilon=0.2, groups=4).accumulate_gradients(images, targets, cross_entropy)
     assert_same(gradients(model), want)
+
+
+def test_compiled_models_keep_two_training_graphs():
+    """One for each pass; fresh tensors or closures would recompile at every step."""
+    model, graphs = build("test_resnet", dtype=torch.float32), []
+
+    def backend(graph, _):
+        graphs.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    strategy = create_strategy("apart", torch.compile(model, backend=backend), groups=2)
+    images, targets = batch(8, dtype=torch.float32)
+    for _ in range(2):
+        strategy.accumulate_gradients(images, targets, cross_entropy)
+    settled = len(graphs)
+    eager = copy.deepcopy(model)
+    for one in (model, eager):
+        one.zero_grad()
+    for _ in range(5):
+        strategy.accumulate_gradients(images, targets, cross_entropy)
+    reference = create_strategy("apart", eager, groups=2)
+    for _ in range(5):
+        reference.accumulate_gradients(images, targets, cross_entropy)
+    assert len(graphs) == settled
+    assert_same(gradients(model), gradients(eager), tolerance=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["apart", "sam"])
+def test_running_statistics_of_other_layers_advance_once(method):
+    from timm.layers import EvoNorm2dB0
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), EvoNorm2dB0(8), nn.Flatten(1), nn.LazyLinear(5))
+    images, targets = batch(8, 8, dtype=torch.float32)
+    model(images)
+    model.train()
+    plain = copy.deepcopy(model)
+    cross_entropy(plain(images), targets).backward()
+    create_strategy(method, model, **SMALL[method]).accumulate_gradients(images, targets, cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers()))
+
+
+def test_bfloat16_parameters(data):
+    """A layer in bfloat16 agrees with float64 but for its rounding, and a whole model in bfloat16 can be attacked."""
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        g = torch.Generator().manual_seed(0)
+        x, *rest = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+                    for shape in ((8, 4, 6, 6), (4,), (4,), (4,), (4,)))
+        out = perturbed_batch_norm(x, *rest, eps=1e-5, groups=2)
+        (out * torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype)).sum().backward()
+        results.append([out.double(), *(t.grad.double() for t in (x, *rest))])
+        assert out.dtype == dtype
+    for exact, rounded in zip(*results):
+        assert (exact - rounded).norm() < 0.03 * exact.norm()
+    model = build("test_resnet", dtype=torch.bfloat16)
+    create_strategy("apart-sam", model, groups=2).accumulate_gradients(data[0].bfloat16(), data[1], cross_entropy)
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())

@@ -75,7 +75,7 @@ def test_batches_that_do_not_fit(hyper, size, message, model):
 def test_one_value_per_channel_in_a_group_names_the_layer():
     model = build("resnet18", dtype=torch.float32)  # its last stage is 1x1 at 32 pixels
     before = snapshot(model)
-    with pytest.raises(ApartError, match=r"'layer4\.0\.bn1'.*one value per channel.*groups=8.*at most 4"):
+    with pytest.raises(ApartError, match=r"'layer4\.0\.bn1'.*one value per channel.*groups=8.*two samples"):
         create_strategy("apart", model, groups=8).accumulate_gradients(*batch(8, dtype=torch.float32), cross_entropy)
     assert snapshot(model) == before
 
@@ -111,6 +111,16 @@ def test_rows_that_belong_to_no_sample_are_refused():
     with pytest.raises(ApartError, match="'bn' sees 9 rows for 8 samples"):
         strategy = create_strategy("apart", Stacked(), groups=2)
         strategy.accumulate_gradients(*batch(8, dtype=torch.float32), cross_entropy)
+    create_strategy("apart", Stacked(), groups=1).accumulate_gradients(*batch(8, dtype=torch.float32), cross_entropy)
+
+
+@pytest.mark.parametrize("size", [8, 48, 96, 100])
+def test_the_suggested_ratio_is_accepted(size):
+    strategy = create_strategy("apart", build("test_byobnet", dtype=torch.float32), groups=1, ratio=0.3001)
+    with pytest.raises(ApartError) as error:
+        strategy.second_pass_size(size)
+    suggested = float(str(error.value).split(" = ")[1].rstrip("."))
+    assert create_strategy("apart", strategy.model, groups=1, ratio=suggested).second_pass_size(size) >= 1
 
 
 def test_strategies_are_listed():

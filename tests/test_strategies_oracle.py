@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from apart_hf import create_strategy
-from tests.helpers import assert_same, batch, build, gradients
+from tests.helpers import assert_same, batch, build, gradients, randomise_batchnorm
 from tests.reference import reference_step
 
 HYPER = {
@@ -47,6 +48,29 @@ def test_agrees_with_the_oracle(name, method, channels_last):
     deltas = check(model, images, targets, method, HYPER.get(method, {}))
     if "apart" in method:  # the comparison means something only if an attack took place
         assert sum(d.abs().sum() for pair in deltas.values() for d in pair) > 0
+
+
+@pytest.mark.parametrize("method", ["apart", "apart-sam"])
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet"])
+def test_part_of_a_batch_in_channels_last(name, method):
+    model, (images, targets) = build(name), batch()
+    model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
+    check(model, images, targets, method, HYPER[method] | {"groups": 2, "ratio": 0.5})
+
+
+def test_layers_whose_names_look_like_wrappers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.module = nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 4, 3))
+            self.module.bn, self.fc = nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.module(self.bn(x)).square().mean((2, 3)))
+
+    torch.manual_seed(0)
+    deltas = check(randomise_batchnorm(Net()).double(), *batch(), "apart", HYPER["apart"])
+    assert len(deltas) == 2
 
 
 @pytest.mark.parametrize("groups, ratio", [(1, 1.0), (2, 0.5), (1, 0.25), (8, 1.0), (3, 0.75)])

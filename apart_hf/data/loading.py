@@ -40,14 +40,21 @@ def load_image_data(
 ) -> ImageData:
     """Load a registered dataset, a Hub id, or the folder `data_dir` (parquet files, image folders, or save_to_disk).
 
-    Splits and columns that are not named are found: the split called train, the one called validation, valid, val or
+    A registered name beside a folder lends it columns, normalisation and transform. Splits and columns that are not
+    named are found: the split called train, the one called validation, valid, val or
     test, the first Image column and the first ClassLabel (else integer `label`) column.
 
     Raises: ApartError naming what exists where something does not, and the first bad label.
     """
     named = {"train_split": train_split, "val_split": val_split, "input_key": input_key, "target_key": target_key}
     given = {key: value for key, value in named.items() if value is not None}
-    spec = replace(find_dataset(dataset) if data_dir is None else DatasetSpec(str(data_dir)), **given)
+    if data_dir is None:
+        spec = find_dataset(dataset)
+    elif dataset == "demo":  # the default: says nothing of the folder
+        spec = DatasetSpec(str(data_dir), local=True)
+    else:
+        spec = replace(find_dataset(dataset), path=str(data_dir), config=None, local=True)
+    spec = replace(spec, **given)
     splits = _load(spec)
     spec = replace(
         spec,
@@ -61,15 +68,23 @@ def load_image_data(
         _check_split(data, split, spec, names)
     if num_classes is not None and num_classes != len(names):
         raise ApartError(f"--num-classes {num_classes}, but {spec.path} has {len(names)} classes; leave the flag out.")
-    return ImageData(train, val, spec, names, train[0][spec.input_key].size)
+    try:
+        size = train[0][spec.input_key].size
+    except (OSError, ValueError) as error:
+        raise bad_image(spec.train_split, 0, error) from error
+    return ImageData(train, val, spec, names, size)
+
+
+def bad_image(split: str, index: int, error: Exception) -> ApartError:
+    return ApartError(f"image {index} of split {split!r} cannot be decoded ({error}); replace or remove it.")
 
 
 def _load(spec: DatasetSpec) -> DatasetDict:
     folder = Path(spec.path)
-    if not folder.exists() and not _is_hub_id(spec.path):
-        raise ApartError(f"--data-dir {spec.path} does not exist.")
+    if spec.local and not folder.is_dir():
+        raise ApartError(f"--data-dir {spec.path} does not exist, or is no folder.")
     try:
-        if not folder.is_dir():
+        if not spec.local:
             return datasets.load_dataset(spec.path, spec.config)
         if (folder / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(folder))
@@ -79,14 +94,10 @@ def _load(spec: DatasetSpec) -> DatasetDict:
         # one line of a message that is often a page long
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         cure = (
-            "it needs parquet files, one folder of images a class, or a save_to_disk folder." if folder.is_dir() else
-            "check the name and the connection, log in (huggingface-cli login) where it is gated, or use --data-dir."
+            "it needs parquet files, one folder of images a class, or a save_to_disk folder." if spec.local else
+            "check the name and the connection, log in (hf auth login) where it is gated, or use --data-dir."
         )
         raise ApartError(f"cannot load {spec.path}: {reason.rstrip('.')}; {cure}") from error
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], flag: str) -> str:

@@ -16,7 +16,7 @@ class DatasetSpec:
     """One dataset. What is None is found from the data or taken from the model.
 
     Args:
-        path: Hub id, or a local folder.
+        path: Hub id, or where `local`, a folder.
         config: the Hub dataset's configuration.
         train_split, val_split: split names.
         input_key, target_key: column names.
@@ -33,6 +33,7 @@ class DatasetSpec:
     target_key: str | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    local: bool = False
     padding: int = 4
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -46,7 +47,7 @@ DATASETS: dict[str, DatasetSpec] = {
     # Few small images and under three minutes: many steps, strong decay, and half of the usual epsilon, since so short
     # a training underfits. Chosen on the demo's own test images, so its accuracy is no evidence for any method.
     "demo": DatasetSpec(
-        str(DEMO_DIR), padding=0, **_FASHION,
+        str(DEMO_DIR), local=True, padding=0, **_FASHION,
         defaults={"epochs": 6, "batch_size": 64, "groups": 8, "epsilon": 0.05, "lr": 0.05, "sched": "cosine",
                   "weight_decay": 5e-3},
     ),

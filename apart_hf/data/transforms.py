@@ -10,6 +10,9 @@ from datasets import Dataset
 from timm.data import create_transform, resolve_data_config
 from torchvision import transforms as T
 
+from apart_hf.data.loading import bad_image
+from apart_hf.errors import ApartError
+
 SMALL = 96  # pixels; up to here images are cropped from a padded original instead of being resized
 
 
@@ -42,9 +45,9 @@ def train_transform(config: dict[str, Any], image_size: tuple[int, int], padding
             config["input_size"], is_training=True, color_jitter=0.0, interpolation=config["interpolation"],
             mean=config["mean"], std=config["std"],
         )
-    resize = [] if min(image_size) == size else [T.Resize(size)]
     return T.Compose([
-        *resize, T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip(), T.ToTensor(),
+        T.Resize(size),  # does nothing to an image of that size
+        T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip(), T.ToTensor(),
         T.Normalize(config["mean"], config["std"]),
     ])
 
@@ -70,8 +73,19 @@ class TransformedImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
         """What a DataLoader asks for a whole batch; one look-up is several times faster than one a row."""
-        rows = self.data[indices]
+        try:
+            rows = self.data[indices]
+        except (OSError, ValueError) as error:
+            raise self._bad_image(indices, error) from error
         return [
             (self.transform(image.convert("RGB")), label)
             for image, label in zip(rows[self.input_key], rows[self.target_key])
         ]
+
+    def _bad_image(self, indices: list[int], error: Exception) -> ApartError:
+        for index in indices:
+            try:
+                self.data[index]
+            except (OSError, ValueError) as found:
+                return bad_image(str(self.data.split), index, found)
+        return bad_image(str(self.data.split), indices[0], error)
