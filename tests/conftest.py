@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from tests.helpers import batch, build
+
 
 @pytest.fixture(autouse=True)
 def a_process_of_its_own():
@@ -17,3 +19,13 @@ def a_process_of_its_own():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model():
+    return build("test_byobnet", dtype=torch.float32)
+
+
+@pytest.fixture
+def data():
+    return batch(8, dtype=torch.float32)

@@ -16,16 +16,6 @@ from tests.reference import reference_step
 SMALL = {"standard": {}, "apart": {"groups": 2}, "sam": {}, "apart-sam": {"groups": 2}}
 
 
-@pytest.fixture
-def model():
-    return build("test_byobnet", dtype=torch.float32)
-
-
-@pytest.fixture
-def data():
-    return batch(8, dtype=torch.float32)
-
-
 @pytest.mark.parametrize("method", SMALL)
 def test_nothing_is_left_on_the_model(method, model, data):
     before, weights = snapshot(model), copy.deepcopy(dict(model.named_parameters()))

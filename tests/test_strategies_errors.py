@@ -11,16 +11,6 @@ from apart_hf import ApartError, create_strategy, list_strategies
 from tests.helpers import batch, build, snapshot
 
 
-@pytest.fixture
-def model():
-    return build("test_byobnet", dtype=torch.float32)
-
-
-@pytest.fixture
-def data():
-    return batch(8, dtype=torch.float32)
-
-
 def test_model_without_batchnorm():
     model = build("vit_tiny_patch16_224", dtype=torch.float32, img_size=32)
     with pytest.raises(ApartError, match=r"no BatchNorm layer.*'sam'"):
