@@ -100,6 +100,7 @@ class TwoPassStrategy:
             kind(model, **{key: hyper[key] for key in kind.defaults}) for kind in method.perturbations
         ]
         self._batchnorms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        self._others = [m for m in model.modules() if m._buffers and not isinstance(m, _BatchNorm)]
         self._autocast = autocast or nullcontext
         self._backward = accelerator.backward if accelerator is not None else Tensor.backward
         self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
@@ -150,7 +151,7 @@ class TwoPassStrategy:
         keeps = self.method.keeps_clean_gradient
         clean_weight, perturbed_weight = samples / (samples + drawn), drawn / (samples + drawn)
 
-        others = [(buffer, buffer._version) for buffer in self._other_buffers()]
+        others = [(b, b._version) for m in self._others for b in m.buffers(recurse=False)]
         with self._isolated_gradients(), self._no_sync(), ExitStack() as observed:
             for perturbation in self.perturbations:
                 observed.enter_context(perturbation.observed(samples))
@@ -201,10 +202,6 @@ class TwoPassStrategy:
         finally:
             for p, gradient in earlier:
                 p.grad.add_(gradient)
-
-    def _other_buffers(self) -> list[Tensor]:
-        own = {id(buffer) for layer in self._batchnorms for buffer in layer.buffers(recurse=False)}
-        return [buffer for buffer in self.model.buffers() if id(buffer) not in own]
 
     def _no_sync(self) -> AbstractContextManager:
         """DDP reduces the sum of both passes' gradients, once, in the second backward."""
