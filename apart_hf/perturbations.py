@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from apart_hf.bn_kernels import is_channels_last
 from apart_hf.errors import ApartError
 from apart_hf.perturbed_bn import replaced_forwards, supported_layers
 
@@ -41,6 +42,9 @@ class Perturbation:
         return nullcontext()
 
     def ascend(self) -> None: ...
+
+    def order(self, samples: int) -> Tensor | None:
+        """An order of the samples, indices (samples,), in which the perturbed pass expects them; None: as they are."""
 
     def applied(self, samples: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -125,8 +129,19 @@ class BatchNormStatistics(Perturbation):
         counts = size > DEAD_ZONE * largest[self._layer_of]
         self._deltas.copy_(torch.where(counts, self.epsilon * gradient.sign(), 0.0))
 
+    def _in_blocks(self) -> bool:
+        """Whether groups are laid out as runs of samples: cheaper where channels lie innermost, on the CPU."""
+        return self.groups > 1 and any(p.device.type == "cpu" and is_channels_last(p) for p in self.model.parameters())
+
+    def order(self, samples: int) -> Tensor | None:
+        if self._in_blocks():
+            return torch.arange(samples).view(-1, self.groups).t().flatten()
+        return None
+
     def applied(self, samples: int) -> AbstractContextManager[None]:
-        return replaced_forwards(self._active(), self._fixed, samples=samples, groups=self.groups, perturbed=True)
+        return replaced_forwards(
+            self._active(), self._fixed, samples=samples, groups=self.groups, blocks=self._in_blocks(), perturbed=True
+        )
 
 
 class Weights(Perturbation):

@@ -12,43 +12,15 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
+import torch.distributed as dist
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from apart_hf import bn_kernels
+from apart_hf.bn_kernels import ONE_GROUP, Grouping
 from apart_hf.errors import ApartError
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def fold_groups(x: Tensor, groups: int, rows_per_sample: int = 1) -> Tensor:
-    """Give each group of samples channels of its own: (N*k, C, ...) -> (N*k/groups, groups*C, ...).
-
-    Sample i belongs to group i mod `groups`. For contiguous (N, C, ...) tensors this is a view. Where a layer sees k
-    rows per sample (tokens, windows), the rows of a sample lie side by side and stay in its group.
-    """
-    if groups == 1:
-        return x
-    rows, channels, *space = x.shape
-    if rows_per_sample > 1:
-        x = x.reshape(-1, groups, rows_per_sample, channels, *space).transpose(1, 2)
-    return x.reshape(rows // groups, groups * channels, *space)
-
-
-def unfold_groups(x: Tensor, like: Tensor, groups: int, rows_per_sample: int = 1) -> Tensor:
-    """The inverse of `fold_groups`, in the memory format of `like`."""
-    if groups == 1:
-        return x
-    if rows_per_sample > 1:
-        channels, *space = like.shape[1:]
-        x = x.reshape(-1, rows_per_sample, groups, channels, *space).transpose(1, 2)
-    # not a view: an in-place activation may follow, which autograd forbids on views made inside a Function
-    out = torch.ops.aten._unsafe_view(x.reshape(like.shape), like.shape)
-    if is_channels_last(like):
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out
 
 
 def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
@@ -56,41 +28,31 @@ def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
 
 
 class _PerturbedBatchNorm(torch.autograd.Function):
-    """Eq. 3 by the framework's own batch-norm kernels; see `perturbed_batch_norm` for the symbols.
+    """Eq. 3 by batch-norm kernels; see `perturbed_batch_norm` for the symbols.
 
     With w = gamma (1 + delta_sigma), the output is w x_hat + beta - w delta_mu (mu/sigma). The last term is constant
     over a channel of a group, so neither pass of the backward touches an activation beyond what BN itself does.
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, groups, rows_per_sample, shifted):
+    def forward(ctx, x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, grouping, sync, shifted):
         weight = _scale(gamma, delta_sigma) if shifted else gamma
-        mean, var = buffers if buffers is not None else (None, None)
-        out, mu, inv_sigma = torch.native_batch_norm(
-            fold_groups(x, groups, rows_per_sample),
-            weight.repeat(groups), beta.repeat(groups), mean, var, True, momentum, eps,
+        out, mu, inv_sigma, count = bn_kernels.forward(
+            x, weight, beta, weight * delta_mu if shifted else None, buffers, momentum, eps, grouping, sync
         )
-        if shifted:
-            shift = (weight * delta_mu).repeat(groups) * (mu * inv_sigma)
-            out.sub_(shift.view(1, -1, *[1] * (x.dim() - 2)))
-        ctx.save_for_backward(x, gamma, delta_mu, delta_sigma, mu, inv_sigma)
-        ctx.eps, ctx.groups, ctx.rows_per_sample, ctx.shifted = eps, groups, rows_per_sample, shifted
-        return unfold_groups(out, x, groups, rows_per_sample)
+        ctx.save_for_backward(x, gamma, delta_mu, delta_sigma, mu, inv_sigma, count)
+        ctx.eps, ctx.grouping, ctx.sync, ctx.shifted = eps, grouping, sync, shifted
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        x, gamma, delta_mu, delta_sigma, mu, inv_sigma = ctx.saved_tensors
-        groups, rows = ctx.groups, ctx.rows_per_sample
+        x, gamma, delta_mu, delta_sigma, mu, inv_sigma, count = ctx.saved_tensors
         weight = _scale(gamma, delta_sigma) if ctx.shifted else gamma
-        grad_x, grad_w, grad_b = torch.ops.aten.native_batch_norm_backward(
-            fold_groups(grad_out, groups, rows), fold_groups(x, groups, rows), weight.repeat(groups),
-            None, None, mu, inv_sigma, True, ctx.eps, [ctx.needs_input_grad[0], True, True],
+        grad_x, grad_w, grad_b = bn_kernels.backward(
+            grad_out, x, weight, mu, inv_sigma, count, ctx.eps, ctx.grouping, ctx.sync, ctx.needs_input_grad[0]
         )
-        if grad_x is not None:
-            grad_x = unfold_groups(grad_x, x, groups, rows)
-        grad_w, grad_b = grad_w.view(groups, -1), grad_b.view(groups, -1)
-        grad_shift = -((mu * inv_sigma).view(groups, -1) * grad_b).sum(0)  # dL/d(w delta_mu)
+        grad_shift = -((mu * inv_sigma).view(ctx.grouping.groups, -1) * grad_b).sum(0)  # dL/d(w delta_mu)
         grad_w, grad_b = grad_w.sum(0), grad_b.sum(0)
         if ctx.shifted:
             grad_w = grad_w + delta_mu * grad_shift
@@ -100,32 +62,32 @@ class _PerturbedBatchNorm(torch.autograd.Function):
 
 def perturbed_batch_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, delta_mu: Tensor, delta_sigma: Tensor, *, eps: float,
-    buffers: tuple[Tensor, Tensor] | None = None, momentum: float = 0.0, groups: int = 1, rows_per_sample: int = 1,
-    shifted: bool = True,
+    buffers: tuple[Tensor, Tensor] | None = None, momentum: float = 0.0, grouping: Grouping = ONE_GROUP,
+    sync: ProcessGroup | None = None, shifted: bool = True,
 ) -> Tensor:
     r"""Batch normalisation with perturbed batch statistics (Eq. 3):
 
         BN(x; delta_mu, delta_sigma) = gamma (1 + delta_sigma) * (x - (1 + delta_mu) mu) / sigma + beta
 
-    with mu and sigma = sqrt(var + eps) of each group of samples (Algorithm 1, lines 7-11), sample i being in group
-    i mod `groups`. mu/sigma in the shift term, delta_mu * mu/sigma, is a constant for autograd, as in the authors'
-    code; the ordinary BN gradient through (x - mu)/sigma stays.
+    with mu and sigma = sqrt(var + eps) of each group of samples (Algorithm 1, lines 7-11). mu/sigma in the shift term,
+    delta_mu * mu/sigma, is a constant for autograd, as in the authors' code; the ordinary BN gradient through
+    (x - mu)/sigma stays.
 
     Args:
-        x: (N * rows_per_sample, C, ...) activations.
+        x: (N * grouping.rows, C, ...) activations.
         gamma, beta, delta_mu, delta_sigma: (C,) each, differentiable.
         eps: added to the variance.
         buffers: running (mean, var), (C,) each, updated in place with `momentum` as `F.batch_norm` does; only with one
             group. None: the statistics leave no trace.
-        groups: number of groups; divides N.
-        rows_per_sample: rows of x that one sample has in this layer.
-        shifted: False promises that both deltas are zero, and saves the pass over x that the shift takes; their
-            gradients are those of Eq. 3 at zero (Algorithm 1, lines 1-2).
+        grouping: the groups that rows of x belong to.
+        sync: processes whose groups share their statistics: group k is that of all of them together (SyncBatchNorm).
+        shifted: False promises that both deltas are zero, and saves work; their gradients are those of Eq. 3 at zero
+            (Algorithm 1, lines 1-2).
 
     Returns: a tensor of x's shape, dtype and memory format.
     """
     return _PerturbedBatchNorm.apply(
-        x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, groups, rows_per_sample, shifted
+        x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, grouping, sync, shifted
     )
 
 
@@ -140,7 +102,9 @@ def _drop_and_act(layer: BatchNormAct2d, x: Tensor) -> Tensor:
 # What follows normalisation, by the forward that we stand in for. A subclass with a forward of its own is not here.
 _EPILOGUES: dict[Callable, Callable[[nn.Module, Tensor], Tensor]] = {
     _BatchNorm.forward: _no_epilogue,
+    nn.SyncBatchNorm.forward: _no_epilogue,
     BatchNormAct2d.forward: _drop_and_act,
+    SyncBatchNormAct.forward: _drop_and_act,
 }
 
 
@@ -186,7 +150,15 @@ def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None
     return (layer.running_mean, layer.running_var), momentum
 
 
-def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int) -> int:
+def _synchronised(layer: _BatchNorm) -> ProcessGroup | None:
+    """The processes that a SyncBatchNorm shares its statistics with; None: it works alone."""
+    if not isinstance(layer, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = layer.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int, processes: int) -> int:
     rows = x.shape[0] // samples if groups > 1 else 1
     if groups > 1 and rows * samples != x.shape[0]:
         raise ApartError(
@@ -194,7 +166,7 @@ def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int) -> int:
             "apart by sample; use groups=1."
         )
     values = x.numel() // (x.shape[1] * groups)
-    if values < 2:
+    if values * processes < 2:
         raise ApartError(
             f"BatchNorm layer {_shown(name)} has one value per channel in a group (input {tuple(x.shape)}, "
             f"groups={groups}); use fewer groups, so that each has two samples or more, or a larger batch."
@@ -212,15 +184,16 @@ def _affine(layer: _BatchNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 def _forward(
     x: Tensor, *, layer: _BatchNorm, name: str, delta_mu: Tensor, delta_sigma: Tensor, samples: int, groups: int,
-    perturbed: bool,
+    blocks: bool, perturbed: bool,
 ) -> Tensor:
     layer._check_input_dim(x)
-    rows_per_sample = _rows_per_sample(name, x, samples, groups)
+    sync = _synchronised(layer)
+    rows = _rows_per_sample(name, x, samples, groups, dist.get_world_size(sync) if sync else 1)
     gamma, beta = _affine(layer, x, delta_mu.dtype)
     buffers, momentum = (None, 0.0) if perturbed else _running_statistics(layer)
     out = perturbed_batch_norm(
-        x, gamma, beta, delta_mu, delta_sigma, eps=layer.eps, buffers=buffers, momentum=momentum, groups=groups,
-        rows_per_sample=rows_per_sample, shifted=perturbed,
+        x, gamma, beta, delta_mu, delta_sigma, eps=layer.eps, buffers=buffers, momentum=momentum,
+        grouping=Grouping(groups, rows, blocks), sync=sync, shifted=perturbed,
     )
     return _EPILOGUES[type(layer).forward](layer, out)
 
@@ -228,14 +201,14 @@ def _forward(
 @contextmanager
 def replaced_forwards(
     layers: Mapping[str, _BatchNorm], deltas: Mapping[str, tuple[Tensor, Tensor]], *, samples: int, groups: int = 1,
-    perturbed: bool,
+    blocks: bool = False, perturbed: bool,
 ) -> Iterator[None]:
     """Within the block, each layer computes `perturbed_batch_norm` with its (delta_mu, delta_sigma) from `deltas`.
 
     perturbed=False is the clean pass: deltas must be zero, running statistics are updated. perturbed=True is the
-    second pass: `groups` apply, running statistics are left alone. The block must span forward *and* backward
-    (gradient checkpointing re-runs the forward there). Afterwards, and after an exception, every layer's `__dict__`
-    is what it was.
+    second pass: `groups` and `blocks` (see `Grouping`) apply, running statistics are left alone. The block must span
+    forward *and* backward (gradient checkpointing re-runs the forward there). Afterwards, and after an exception, every
+    layer's `__dict__` is what it was.
     """
     for name, layer in layers.items():
         if "forward" in layer.__dict__:
@@ -248,7 +221,7 @@ def replaced_forwards(
             delta_mu, delta_sigma = deltas[name]
             layer.__dict__["forward"] = partial(
                 _forward, layer=layer, name=name, delta_mu=delta_mu, delta_sigma=delta_sigma, samples=samples,
-                groups=groups, perturbed=perturbed,
+                groups=groups, blocks=blocks, perturbed=perturbed,
             )
         yield
     finally:

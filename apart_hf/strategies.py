@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from apart_hf.bn_kernels import is_channels_last
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.perturbations import BatchNormStatistics, Perturbation, Weights
-from apart_hf.perturbed_bn import is_channels_last, kept_buffers, untracked_statistics
+from apart_hf.perturbed_bn import kept_buffers, untracked_statistics
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,20 @@ class TwoPassStrategy:
         return loss.detach(), _detached(output)
 
     def _draw(self, images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """S of Algorithm 1, lines 6 and 7: the whole batch in its order, or the first N of a random permutation."""
-        if size == len(images):
+        """S of Algorithm 1, lines 6 and 7: the whole batch in its order, or the first N of a random permutation.
+
+        Then in the order that a perturbation computes fastest in; the order has no effect on the gradient.
+        """
+        chosen = None
+        if size < len(images):
+            chosen = torch.randperm(len(images), generator=self.generator)[:size]
+        for perturbation in self.perturbations:
+            order = perturbation.order(size)
+            if order is not None:
+                chosen = order if chosen is None else chosen[order]
+        if chosen is None:
             return images, targets
-        chosen = torch.randperm(len(images), generator=self.generator)[:size].to(images.device)
+        chosen = chosen.to(images.device)
         subset = images.index_select(0, chosen)
         if is_channels_last(images):
             subset = subset.contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timm.layers import convert_sync_batchnorm
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -18,9 +19,19 @@ from tests.test_strategies_oracle import HYPER
 RANKS = 2
 
 
-def worker(rank, store, method, results):
+def start(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
+
+
+def on_two_ranks(worker, folder, *arguments):
+    """What worker(rank, folder, *arguments) left in folder/RANK.pt."""
+    mp.spawn(worker, args=(folder, *arguments), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def worker(rank, folder, method):
+    start(rank, folder)
     model = build("test_byobnet")
     wrapped = DistributedDataParallel(model)
     reductions = []
@@ -40,14 +51,13 @@ def worker(rank, store, method, results):
         reductions.clear()
         step()
         found[key] = len(reductions)
-    torch.save(found, f"{results}/{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", ["standard", *HYPER])
 def test_two_ranks_agree_with_the_oracle(method, tmp_path):
-    mp.spawn(worker, args=(tmp_path / "store", method, tmp_path), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    ranks = on_two_ranks(worker, tmp_path, method)
     want, buffers, _ = reference_step(
         build("test_byobnet"), *batch(16), cross_entropy, method, ranks=RANKS, **HYPER.get(method, {})
     )
@@ -57,3 +67,27 @@ def test_two_ranks_agree_with_the_oracle(method, tmp_path):
     floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
     assert_same({n: ranks[0]["buffers"][n] for n in floats}, floats)
     assert all(torch.equal(ranks[0]["gradients"][n], ranks[1]["gradients"][n]) for n in want)
+
+
+def synchronised_worker(rank, folder, name, layout):
+    start(rank, folder)
+    model = convert_sync_batchnorm(build(name)).to(memory_format=layout)
+    images, targets = (part.chunk(RANKS)[rank] for part in batch(16))
+    strategy = create_strategy("apart", model, **HYPER["apart"])
+    strategy.accumulate_gradients(images.contiguous(memory_format=layout), targets, cross_entropy)
+    for p in model.parameters():  # what DDP does; it refuses SyncBatchNorm on the CPU
+        dist.all_reduce(p.grad)
+        p.grad /= RANKS
+    torch.save({"gradients": gradients(model), "buffers": dict(model.named_buffers())}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet"])
+def test_synchronised_batchnorm_is_one_process_on_the_joint_batch(name, layout, tmp_path):
+    """SyncBatchNorm and timm's SyncBatchNormAct: group k is that of both ranks together."""
+    ranks = on_two_ranks(synchronised_worker, tmp_path, name, layout)
+    want, buffers, _ = reference_step(build(name), *batch(16), cross_entropy, "apart", **HYPER["apart"])
+    for rank in ranks:
+        assert_same(rank["gradients"], want)
+        assert_same({n: b.double() for n, b in rank["buffers"].items()}, {n: b.double() for n, b in buffers.items()})

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from apart_hf import ApartError, create_strategy
+from apart_hf.bn_kernels import Grouping
 from apart_hf.perturbed_bn import perturbed_batch_norm
 from tests.helpers import assert_same, batch, build, gradients, snapshot
 from tests.reference import reference_step
@@ -252,7 +253,7 @@ def test_bfloat16_parameters(data):
         g = torch.Generator().manual_seed(0)
         x, *rest = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
                     for shape in ((8, 4, 6, 6), (4,), (4,), (4,), (4,)))
-        out = perturbed_batch_norm(x, *rest, eps=1e-5, groups=2)
+        out = perturbed_batch_norm(x, *rest, eps=1e-5, grouping=Grouping(2))
         (out * torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype)).sum().backward()
         results.append([out.double(), *(t.grad.double() for t in (x, *rest))])
         assert out.dtype == dtype
