@@ -17,7 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.bn_kernels import is_channels_last
 from apart_hf.errors import ApartError, unknown_name
-from apart_hf.perturbations import BatchNormStatistics, Perturbation, Weights
+from apart_hf.perturbations import (
+    AdaptiveWeights,
+    AdversarialStatistics,
+    GroupStatistics,
+    NormalisationWeights,
+    Perturbation,
+    RandomStatistics,
+    Weights,
+)
 from apart_hf.perturbed_bn import kept_buffers, untracked_statistics
 
 
@@ -39,18 +47,30 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter of the method with its default."""
+        """Every hyper-parameter of the method with its default: numbers, then options."""
         found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
         if self.perturbations and self.keeps_clean_gradient:
             found["ratio"] = 1.0
-        return found | self.defaults
+        found |= self.defaults
+        return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
 
 
 METHODS: dict[str, Method] = {
     "standard": Method("one ordinary pass"),
-    "apart": Method("perturbed BN statistics (Algorithm 1)", (BatchNormStatistics,)),
+    "apart": Method("perturbed BN statistics (Algorithm 1)", (AdversarialStatistics,)),
     "sam": Method("perturbed weights (Foret et al. 2021)", (Weights,), keeps_clean_gradient=False),
-    "apart-sam": Method("both at once (Section 3.3)", (BatchNormStatistics, Weights), defaults={"rho": 0.2}),
+    "apart-sam": Method("both at once (Section 3.3)", (AdversarialStatistics, Weights), defaults={"rho": 0.2}),
+    "asam": Method(
+        "weights perturbed in proportion to their size (Kwon et al. 2021)", (AdaptiveWeights,),
+        keeps_clean_gradient=False,
+    ),
+    "apart-asam": Method("apart and asam at once", (AdversarialStatistics, AdaptiveWeights)),
+    "sam-on": Method(
+        "weights of normalisation layers perturbed (Mueller et al. 2023)", (NormalisationWeights,),
+        keeps_clean_gradient=False,
+    ),
+    "random-bn": Method("apart with random signs", (RandomStatistics,)),
+    "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
 }
 
 
@@ -71,7 +91,7 @@ def create_strategy(
         accelerator: an `accelerate.Accelerator`; its `backward` is then the default backward.
         generator: draws the samples of the second pass where ratio < 1. None: torch's global generator.
         autocast: makes the context of the two forwards and their losses; the backwards stay outside of it.
-        **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()`): epsilon, groups, ratio, rho.
+        **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()`): epsilon, groups, ratio, rho, ...
 
     Raises: ApartError (a ValueError) for an unknown method or hyper-parameter, or a value out of range.
     """
@@ -107,7 +127,8 @@ class TwoPassStrategy:
         self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.hyper.items())})"
+        shown = (f"{key}={value}" for key, value in self.hyper.items() if value is not False)
+        return f"{self.name}({', '.join(shown)})"
 
     @property
     def passes(self) -> float:
@@ -158,7 +179,7 @@ class TwoPassStrategy:
                 observed.enter_context(perturbation.observed(samples))
             loss, output = self._pass(images, targets, criterion, backward, clean_weight if keeps else 1.0)
             for perturbation in self.perturbations:
-                perturbation.ascend()
+                perturbation.ascend(self.generator)
             if not keeps:
                 # times zero rather than dropped: a non-finite gradient stays visible to GradScaler
                 torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 0.0)

@@ -57,18 +57,48 @@ def _sign_outside_dead_zone(g_mu, g_sigma):
     return [torch.where(g.abs() > bound, g.sign(), torch.zeros_like(g)) for g in (g_mu, g_sigma)]
 
 
-def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, groups=16, ratio=1.0, rho=0.05,
-                   generator=None, ranks=1):
+# What each method moves: (deltas, weights), and whether the clean gradient is kept.
+METHODS = {
+    "standard": (None, None, True), "apart": ("gradient", None, True), "sam": (None, "sam", False),
+    "apart-sam": ("gradient", "sam", True), "asam": (None, "asam", False), "apart-asam": ("gradient", "asam", True),
+    "sam-on": (None, "sam-on", False), "random-bn": ("random", None, True), "ghost-bn": ("none", None, True),
+}
+
+
+def _uphill(kind, model, names, g, rho, eta):
+    """The step in each parameter: rho T^2 g / ||T g||, with T = 1 (SAM), |w| + eta in weights (ASAM), or only in
+    normalisation layers (SAM-ON)."""
+    weights = dict(model.named_parameters())
+    norms = {
+        f"{layer}.{name}" for layer, m in model.named_modules() for name, _ in m.named_parameters(recurse=False)
+        if isinstance(m, (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm))
+    }
+    t_g, t_t_g = [], []
+    for name, part in zip(names, g):
+        t = torch.ones_like(weights[name])
+        if kind == "asam" and name.split(".")[-1] == "weight":
+            t = weights[name].abs() + eta
+        if part is None or (kind == "sam-on" and name not in norms):
+            part = torch.zeros_like(t)
+        t_g.append(t * part)
+        t_t_g.append(t * t * part)
+    size = torch.sqrt(sum(part.square().sum() for part in t_g))
+    return [rho * part / size for part in t_t_g]
+
+
+def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, groups=16, ratio=1.0, rho=0.05, eta=0.01,
+                   local_attack=False, global_norm=False, generator=None, ranks=1):
     """The gradient that `method` gives for one batch, and what it does to the buffers.
 
     With `ranks` > 1, the batch is what that many processes hold together, each an equal part in order: one attack from
-    the mean of g_theta, weights moved by each rank's own gradient, the mean of all gradients, the buffers of rank 0.
+    the mean of g_theta (local_attack: each from its own), weights moved by each rank's own gradient (global_norm: by
+    the mean), the mean of all gradients, the buffers of rank 0.
 
     Returns: (gradients, buffers, deltas): {parameter name: gradient or None}, {buffer name: value},
     {layer name: (delta_mu, delta_sigma)}.
     """
     parts = list(zip(images.chunk(ranks), targets.chunk(ranks)))
-    attack_bn, attack_weights = method in ("apart", "apart-sam"), method in ("sam", "apart-sam")
+    delta_kind, weight_kind, keeps_clean = METHODS[method]
     replicas = [copy.deepcopy(model) for _ in parts]
     norms = [_NaiveBatchNorms(replica) for replica in replicas]
     names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -90,29 +120,32 @@ def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, gr
     if method == "standard":
         return dict(zip(names, _mean(g_phi))), buffers, {}
 
-    # line 5: theta = epsilon sign(g_theta)
-    deltas = {}
-    g_theta = _mean(g_theta)
-    for i, name in enumerate(layers):
-        g_mu, g_sigma = g_theta[2 * i], g_theta[2 * i + 1]
-        if not attack_bn:
-            g_mu, g_sigma = torch.zeros_like(g_mu), torch.zeros_like(g_sigma)
-        s_mu, s_sigma = _sign_outside_dead_zone(g_mu, g_sigma)
-        deltas[name] = epsilon * s_mu, epsilon * s_sigma
+    # line 5: theta = epsilon sign(g_theta), for each rank
+    sign_of = {"gradient": _sign_outside_dead_zone, "none": lambda *g: [torch.zeros_like(x) for x in g]}
+    if delta_kind == "random":
+        signs = iter(2 * torch.randint(2, (sum(t.numel() for t in g_theta[0]),), generator=generator) - 1)
+        drawn = [[next(signs) for _ in t] for t in g_theta[0]]
+        deltas_of = [[epsilon * t.new_tensor(s) for t, s in zip(g_theta[0], drawn)]] * ranks
+    else:
+        sign = sign_of[delta_kind or "none"]
+        attacks = g_theta if local_attack else [_mean(g_theta)] * ranks
+        deltas_of = [
+            [epsilon * s for i in range(0, len(g), 2) for s in sign(g[i], g[i + 1])] for g in attacks
+        ]
+    deltas_of = [{n: (d[2 * i], d[2 * i + 1]) for i, n in enumerate(layers)} for d in deltas_of]
 
     combined = []
-    for replica, norm, (x, y), g in zip(replicas, norms, parts, g_phi):
+    for replica, norm, (x, y), g, deltas in zip(replicas, norms, parts, g_phi, deltas_of):
         norm.set({n: d[0] for n, d in deltas.items()}, {n: d[1] for n, d in deltas.items()})
         phi = [p for p in replica.parameters() if p.requires_grad]
         # Eq. 7 with p = 2
-        if attack_weights:
-            size = torch.sqrt(sum(part.square().sum() for part in g if part is not None))
+        if weight_kind:
+            steps = _uphill(weight_kind, replica, names, _mean(g_phi) if global_norm else g, rho, eta)
             with torch.no_grad():
-                for p, part in zip(phi, g):
-                    if part is not None:
-                        p += rho * part / size
+                for p, step in zip(phi, steps):
+                    p += step
         # lines 6-11: one forward and backward a group
-        n = groups if attack_bn else 1
+        n = groups if delta_kind else 1
         N = round(ratio * M)
         S = list(range(M)) if N == M else torch.randperm(M, generator=generator)[:N].tolist()
         h = [None] * len(phi)
@@ -122,11 +155,11 @@ def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, gr
                 if part is not None:
                     h[k] = part / n if h[k] is None else h[k] + part / n
         # line 12
-        if method == "sam":
+        if not keeps_clean:
             combined.append(h)
         else:
             combined.append([None if a is None else M / (M + N) * a + N / (M + N) * b for a, b in zip(g, h)])
-    return dict(zip(names, _mean(combined))), buffers, deltas
+    return dict(zip(names, _mean(combined))), buffers, deltas_of[0]
 
 
 def _mean(rows):

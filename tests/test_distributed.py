@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) against the oracle on the same two parts of a batch."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -30,43 +31,110 @@ def on_two_ranks(worker, folder, *arguments):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-def worker(rank, folder, method):
+CASES = [*((method, {}) for method in ["standard", *HYPER]), ("apart", {"local_attack": True}),
+         ("sam", {"global_norm": True}), ("apart-asam", {"global_norm": True, "local_attack": True})]
+
+
+def worker(rank, folder):
     start(rank, folder)
-    model = build("test_byobnet")
-    wrapped = DistributedDataParallel(model)
-    reductions = []
+    reductions, collectives, all_reduce = [], [], dist.all_reduce
 
     def count(_, bucket):
         reductions.append(1)
-        return default_hooks.allreduce_hook(None, bucket)
+        before, work = len(collectives), default_hooks.allreduce_hook(None, bucket)
+        del collectives[before:]  # its own all-reduce
+        return work
 
-    wrapped.register_comm_hook(None, count)
+    def counted(tensor, *args, **kwargs):
+        collectives.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
     images, targets = (part.chunk(RANKS)[rank] for part in batch(16))
-    strategy = create_strategy(method, wrapped, **HYPER.get(method, {}))
-    strategy.accumulate_gradients(images, targets, cross_entropy)
-    found = copy.deepcopy({"gradients": gradients(model), "buffers": dict(model.named_buffers())})
-    # once more, now that DDP has settled its buckets, and a plain backward to compare with
-    for key, step in (("reductions", lambda: strategy.accumulate_gradients(images, targets, cross_entropy)),
-                      ("plain_reductions", lambda: cross_entropy(wrapped(images), targets).backward())):
-        reductions.clear()
-        step()
-        found[key] = len(reductions)
+    cases = []
+    for method, options in CASES:
+        model = build("test_byobnet")
+        wrapped = DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, count)
+        generator = torch.Generator().manual_seed(7 + rank)
+        strategy = create_strategy(method, wrapped, generator=generator, **HYPER.get(method, {}), **options)
+        collectives.clear()
+        strategy.accumulate_gradients(images, targets, cross_entropy)
+        found = copy.deepcopy({"gradients": gradients(model), "buffers": dict(model.named_buffers())})
+        found["collectives"] = list(collectives)
+        # once more, now that DDP has settled its buckets, and a plain backward to compare with
+        for key, step in (("reductions", lambda s=strategy: s.accumulate_gradients(images, targets, cross_entropy)),
+                          ("plain_reductions", lambda w=wrapped: cross_entropy(w(images), targets).backward())):
+            reductions.clear()
+            step()
+            found[key] = len(reductions)
+        cases.append(found)
+    torch.save(cases, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_agree_with_the_oracle(tmp_path):
+    ranks = on_two_ranks(worker, tmp_path)
+    model = build("test_byobnet")
+    weights = sum(p.numel() for p in model.parameters())
+    for (method, options), *found in zip(CASES, *ranks):
+        want, buffers, deltas = reference_step(
+            model, *batch(16), cross_entropy, method, ranks=RANKS, generator=torch.Generator().manual_seed(7),
+            **HYPER.get(method, {}), **options,
+        )
+        attack = [sum(d.numel() for pair in deltas.values() for d in pair)] if "apart" in method else []
+        for rank in found:
+            assert_same(rank["gradients"], want)
+            assert rank["reductions"] == rank["plain_reductions"] > 0  # one all-reduce of the gradients a step
+            # beside it: the attack's few KB, and the gradient once more for SAM with a global norm
+            assert rank["collectives"] == (
+                attack * (not options.get("local_attack")) + [weights] * options.get("global_norm", False)
+            )
+        floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
+        assert_same({n: found[0]["buffers"][n] for n in floats}, floats)
+        assert all(torch.equal(found[0]["gradients"][n], found[1]["gradients"][n]) for n in want)
+
+
+def accumulating_worker(rank, folder):
+    """Two micro-batches, the first without synchronisation; then 50 optimizer steps in float32."""
+    start(rank, folder)
+    found = {}
+    for method in ("apart", "sam", "apart-sam"):
+        model = build("test_byobnet")
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        strategy = create_strategy(method, wrapped, **HYPER[method])
+        for _ in range(2):  # the second time with buckets that are settled
+            model.load_state_dict(build("test_byobnet").state_dict())
+            wrapped.zero_grad(set_to_none=False)
+            for k in range(2):
+                images, targets = (part.chunk(RANKS)[rank] for part in batch(16, seed=k))
+                with nullcontext() if k else wrapped.no_sync():
+                    strategy.accumulate_gradients(images, targets, cross_entropy)
+        found[method] = copy.deepcopy(gradients(model))
+
+    model = build("test_byobnet", dtype=torch.float32)
+    wrapped = DistributedDataParallel(model)
+    strategy = create_strategy("apart-sam", wrapped, groups=2, rho=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for k in range(50):
+        strategy.accumulate_gradients(*(part.chunk(RANKS)[rank] for part in batch(8, seed=k, dtype=torch.float32)),
+                                      cross_entropy)
+        optimizer.step()
+        optimizer.zero_grad()
+    found["weights"] = dict(model.named_parameters())
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["standard", *HYPER])
-def test_two_ranks_agree_with_the_oracle(method, tmp_path):
-    ranks = on_two_ranks(worker, tmp_path, method)
-    want, buffers, _ = reference_step(
-        build("test_byobnet"), *batch(16), cross_entropy, method, ranks=RANKS, **HYPER.get(method, {})
-    )
-    for rank in ranks:
-        assert_same(rank["gradients"], want)
-        assert rank["reductions"] == rank["plain_reductions"] > 0  # one all-reduce of the gradients a step
-    floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
-    assert_same({n: ranks[0]["buffers"][n] for n in floats}, floats)
-    assert all(torch.equal(ranks[0]["gradients"][n], ranks[1]["gradients"][n]) for n in want)
+def test_micro_batches_and_fifty_steps_on_two_ranks(tmp_path):
+    ranks = on_two_ranks(accumulating_worker, tmp_path)
+    for method in ("apart", "sam", "apart-sam"):
+        # the buffers of the first micro-batch have no part in the gradient of the second
+        parts = [reference_step(build("test_byobnet"), *batch(16, seed=k), cross_entropy, method, ranks=RANKS,
+                                **HYPER[method])[0] for k in range(2)]
+        for rank in ranks:
+            assert_same(rank[method], {n: parts[0][n] + parts[1][n] for n in parts[0]})
+    assert all(torch.equal(ranks[0]["weights"][n], p) for n, p in ranks[1]["weights"].items())
 
 
 def synchronised_worker(rank, folder, name, layout):
