@@ -25,10 +25,15 @@ def _float(default, group, help, **more):
     return _option(default, group, help, type=float, metavar="X", **more)
 
 
+def _flag(group, help):
+    return _option(False, group, help)
+
+
 def _text(default, group, help, **more):
     return _option(default, group, help, type=str, **more)
 
 
+HYPER_PARAMETERS = sorted({key for method in METHODS.values() for key in method.hyper_parameters()})
 _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
 
@@ -37,13 +42,26 @@ class TrainConfig:
     """Settings of one training run. None stands for "decided from the others", as the help texts say."""
 
     model: str = _text("resnet18", "model", "any timm model, or wide_resnet40_2", metavar="NAME")
-    channels_last: bool = _option(False, "model", "keep activations in channels_last memory format")
+    channels_last: bool = _flag("model", "keep activations in channels_last memory format")
+    drop: float = _float(0.0, "model", "dropout before the classifier; drawn anew in the second pass")
+    drop_path: float = _float(0.0, "model", "stochastic depth; drawn anew in the second pass")
+    grad_checkpointing: bool = _flag("model", "recompute activations in the backward, to save memory")
+    torchcompile: bool = _flag("model", "compile the model by torch.compile")
+    sync_bn: bool = _flag("model", "synchronise BatchNorm over processes (GPUs only)")
+    model_ema: bool = _flag("model", "keep an exponential average of the weights; it is evaluated and exported")
+    model_ema_decay: float = _float(0.9998, "model", "of a step, with --model-ema")
 
     method: str = _text("apart", "method", _METHODS, metavar="NAME")
     epsilon: float | None = _float(None, "method", "radius of delta, a share of batch mean and scale [0.1; demo: 0.05]")
     groups: int | None = _int(None, "method", "groups of samples with statistics of their own [16; demo: 8]")
     ratio: float | None = _float(None, "method", "share of the batch in the second pass, in (0, 1] [apart: 1]")
-    rho: float | None = _float(None, "method", "radius of SAM's step in the weights [sam: 0.05, apart-sam: 0.2]")
+    rho: float | None = _float(
+        None, "method", "radius of SAM's step in the weights [sam: 0.05; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]"
+    )
+    eta: float | None = _float(None, "method", "asam: added to the weights' sizes [0.01]")
+    every: int = _int(1, "method", "second pass in every N-th step only; the others are plain steps")
+    local_attack: bool = _flag("method", "each process attacks by its own batch, rather than all by the joint one")
+    global_norm: bool = _flag("method", "sam: all processes climb the mean gradient (one more all-reduce)")
 
     dataset: str = _text(
         "demo", "data", f"{', '.join(DATASETS)}, or a Hub id user/name; demo is a small part of Fashion-MNIST",
@@ -59,12 +77,19 @@ class TrainConfig:
     num_classes: int | None = _int(None, "data", "checked against the data [found]")
     img_size: int | None = _int(None, "data", "input edge in pixels [small images: their own; else: the model's]")
     workers: int | None = _int(None, "data", "loader processes [0 on the CPU; else one a core, at most 8]")
+    aa: str | None = _text(
+        None, "data", "timm's automatic augmentation, for instance rand-m9-mstd0.5 [off]", metavar="POLICY"
+    )
+    color_jitter: float = _float(0.0, "data", "colour jitter; not with --aa")
+    reprob: float = _float(0.0, "data", "probability of random erasing")
     mixup: float = _float(0.0, "data", "mixup alpha; 0: off")
+    cutmix: float = _float(0.0, "data", "cutmix alpha; 0: off. With --mixup: one or the other, batch by batch")
     smoothing: float = _float(0.0, "data", "label smoothing in [0, 1)")
 
     epochs: int | None = _int(None, "optimisation", "length in epochs [200; demo: 6]")
     max_steps: int | None = _int(None, "optimisation", "stop after N optimizer steps; still evaluates and exports")
     batch_size: int | None = _int(None, "optimisation", "images a process and step [128; demo: 64]", flags=("-b",))
+    grad_accum_steps: int = _int(1, "optimisation", "batches whose mean gradient makes one step")
     opt: str = _text("momentum", "optimisation", "timm optimizer; momentum is SGD without Nesterov", metavar="NAME")
     lr: float | None = _float(None, "optimisation", "learning rate [0.1; demo: 0.05]")
     momentum: float = _float(0.9, "optimisation", "SGD momentum")
@@ -84,6 +109,7 @@ class TrainConfig:
         None, "run", "arithmetic of the forwards [as configured for accelerate: float32]",
         choices=("float32", "bfloat16", "float16"),
     )
+    expect_processes: int | None = _int(None, "run", "fail unless so many processes were started")
     threads: int | None = _int(None, "run", "CPU threads a process [OMP_NUM_THREADS, or all cores]")
     output: str = _text("output", "run", "folder of all runs", metavar="DIR")
     experiment: str | None = _text(None, "run", "folder of this run in it [DATASET-MODEL-METHOD]", metavar="NAME")
@@ -96,7 +122,8 @@ class TrainConfig:
         limits = {
             "epochs": 1, "max_steps": 1, "batch_size": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0,
             "clip_grad": 0, "mixup": 0, "smoothing": 0, "workers": 0, "threads": 1, "img_size": 1, "log_interval": 1,
-            "seed": 0,
+            "seed": 0, "cutmix": 0, "color_jitter": 0, "reprob": 0, "drop": 0, "drop_path": 0, "every": 1,
+            "grad_accum_steps": 1, "expect_processes": 1, "model_ema_decay": 0,
         }
         for name, least in limits.items():
             value = getattr(self, name)
@@ -108,10 +135,17 @@ class TrainConfig:
             raise ApartError(f"--seed {self.seed}: must be below 2**32 - 1.")
         if any(milestone < 1 for milestone in self.decay_milestones or ()):
             raise ApartError(f"--decay-milestones {self.decay_milestones}: epochs are counted from 1.")
-        if self.smoothing >= 1:
-            raise ApartError(f"--smoothing {self.smoothing}: must be below 1 (0.1 is common).")
-        if self.mixup and (self.batch_size or 2) % 2:
-            raise ApartError(f"--mixup mixes pairs; --batch-size {self.batch_size} is odd, choose an even one.")
+        for name, common in (("smoothing", 0.1), ("drop", 0.2), ("drop_path", 0.1), ("model_ema_decay", 0.9998)):
+            if getattr(self, name) >= 1:
+                raise ApartError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be below 1 ({common} is common)."
+                )
+        if self.aa is not None and self.color_jitter:
+            raise ApartError("--aa and --color-jitter exclude each other in timm; leave one of them out.")
+        if self.reprob > 1:
+            raise ApartError(f"--reprob {self.reprob}: a probability is at most 1 (0.25 is common).")
+        if (self.mixup or self.cutmix) and (self.batch_size or 2) % 2:
+            raise ApartError(f"mixup and cutmix mix pairs; --batch-size {self.batch_size} is odd, take an even one.")
         if self.experiment is not None and Path(self.experiment).name != self.experiment:
             raise ApartError(f"--experiment {self.experiment!r}: must be a plain folder name; its parent is --output.")
 
@@ -122,8 +156,8 @@ class TrainConfig:
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Those of the method that were given."""
-        values = {key: getattr(self, key) for key in ("epsilon", "groups", "ratio", "rho")}
-        return {key: value for key, value in values.items() if value is not None}
+        values = {key: getattr(self, key) for key in HYPER_PARAMETERS}
+        return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
 class _Parser(argparse.ArgumentParser):

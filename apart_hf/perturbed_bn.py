@@ -184,8 +184,10 @@ def _affine(layer: _BatchNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 def _forward(
     x: Tensor, *, layer: _BatchNorm, name: str, delta_mu: Tensor, delta_sigma: Tensor, samples: int, groups: int,
-    blocks: bool, perturbed: bool,
+    blocks: bool, perturbed: bool, activation_eps: Tensor | None,
 ) -> Tensor:
+    if activation_eps is not None and x.dtype in (torch.float16, torch.bfloat16):
+        activation_eps.fill_(torch.finfo(x.dtype).eps)
     layer._check_input_dim(x)
     sync = _synchronised(layer)
     rows = _rows_per_sample(name, x, samples, groups, dist.get_world_size(sync) if sync else 1)
@@ -201,14 +203,15 @@ def _forward(
 @contextmanager
 def replaced_forwards(
     layers: Mapping[str, _BatchNorm], deltas: Mapping[str, tuple[Tensor, Tensor]], *, samples: int, groups: int = 1,
-    blocks: bool = False, perturbed: bool,
+    blocks: bool = False, perturbed: bool, activation_eps: Tensor | None = None,
 ) -> Iterator[None]:
     """Within the block, each layer computes `perturbed_batch_norm` with its (delta_mu, delta_sigma) from `deltas`.
 
     perturbed=False is the clean pass: deltas must be zero, running statistics are updated. perturbed=True is the
     second pass: `groups` and `blocks` (see `Grouping`) apply, running statistics are left alone. The block must span
     forward *and* backward (gradient checkpointing re-runs the forward there). Afterwards, and after an exception, every
-    layer's `__dict__` is what it was.
+    layer's `__dict__` is what it was. `activation_eps`, a scalar, is set to the machine epsilon of float16 or bfloat16
+    where a layer sees such activations.
     """
     for name, layer in layers.items():
         if "forward" in layer.__dict__:
@@ -221,7 +224,7 @@ def replaced_forwards(
             delta_mu, delta_sigma = deltas[name]
             layer.__dict__["forward"] = partial(
                 _forward, layer=layer, name=name, delta_mu=delta_mu, delta_sigma=delta_sigma, samples=samples,
-                groups=groups, blocks=blocks, perturbed=perturbed,
+                groups=groups, blocks=blocks, perturbed=perturbed, activation_eps=activation_eps,
             )
         yield
     finally:

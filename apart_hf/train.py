@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,13 +15,15 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, LoggerType, set_seed
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.models import is_model, split_model_name_tag
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from apart_hf.config import TrainConfig, parse_arguments
+from apart_hf.config import HYPER_PARAMETERS, TrainConfig, parse_arguments
 from apart_hf.data import (
     DATASETS,
     ImageData,
@@ -67,6 +70,7 @@ def train(config: TrainConfig) -> Path:
         )
     config = resolve(config, data, accelerator, threads)
     model, images = make_model(config, data)
+    ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
     config = dataclasses.replace(config, img_size=images["input_size"][-1])
     train_loader, val_loader = make_loaders(config, data, images, accelerator)
     # weight decay on every parameter, BN and biases included, as in the paper
@@ -75,7 +79,9 @@ def train(config: TrainConfig) -> Path:
         filter_bias_and_bn=False,
     )
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    scheduler = make_scheduler(config, optimizer, len(train_loader))
+    if ema is not None:
+        ema.module.to(accelerator.device)
+    scheduler = make_scheduler(config, optimizer, math.ceil(len(train_loader) / config.grad_accum_steps))
     strategy = create_strategy(
         config.method, model, accelerator=accelerator, **config.hyper_parameters(),
         generator=torch.Generator().manual_seed(config.seed + accelerator.process_index),
@@ -91,20 +97,22 @@ def train(config: TrainConfig) -> Path:
     say(f"data: {len(data.train):,} training and {len(data.val):,} evaluation images, {len(data.class_names)} classes, "
         f"input {'x'.join(map(str, images['input_size']))}")
     say(f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
-        f"{strategy.passes:g} passes a step")
+        f"{1 + (strategy.passes - 1) / config.every:g} passes a step")
     say(f"run: {config.epochs} epochs of {len(train_loader)} steps, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {threads} thread(s) each -> {run.folder}")
 
+    mixes = config.mixup > 0 or config.cutmix > 0
     trainer = Trainer(
         accelerator, model, strategy, optimizer, scheduler,
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if config.mixup else config.smoothing),
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else config.smoothing),
         train_loader=train_loader, val_loader=val_loader, clip_grad=config.clip_grad, log_interval=config.log_interval,
-        mixup=Mixup(mixup_alpha=config.mixup, label_smoothing=config.smoothing, num_classes=len(data.class_names))
-        if config.mixup else None,
+        mixup=Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(data.class_names))
+        if mixes else None,
+        every=config.every, ema=ema,
     )
     try:
         for metrics in trainer.fit(config.epochs, config.max_steps):
-            run.add(metrics, model)
+            run.add(metrics, trainer.evaluated)
     except Exception:
         run.discard_if_empty()
         raise
@@ -134,12 +142,28 @@ def check_names(config: TrainConfig) -> None:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype]
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ApartError(
+                f"{name} shards weights or gradients, which the second pass needs whole on each process; launch with "
+                "plain data parallelism (accelerate launch --multi_gpu)."
+            )
     accelerator = Accelerator(
         mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        dynamo_backend="inductor" if config.torchcompile else None,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ApartError("float16 needs a GPU (accelerate scales no gradients on the CPU); use --amp-dtype bfloat16.")
+    if config.expect_processes not in (None, accelerator.num_processes):
+        raise ApartError(
+            f"{accelerator.num_processes} process(es) were started, not {config.expect_processes}; accelerate launch "
+            "--cpu starts one: use torchrun, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+        )
+    if config.sync_bn and accelerator.device.type == "cpu":
+        raise ApartError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU; leave the flag out.")
     return accelerator
 
 
@@ -147,7 +171,7 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
     """The config with every None that depends on data, method or machine decided."""
     usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
     usual |= data.spec.defaults
-    lacking = {"epsilon", "groups", "ratio", "rho"} - METHODS[config.method].hyper_parameters().keys()
+    lacking = set(HYPER_PARAMETERS) - METHODS[config.method].hyper_parameters().keys()
     if config.batch_size is not None:
         lacking.add("groups")  # it belongs to the usual batch size
     unset = {k: v for k, v in usual.items() if getattr(config, k) is None and k not in lacking}
@@ -169,13 +193,16 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
 
 def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
     """The timm model for the data's classes, and timm's description of its evaluation images."""
-    kwargs = {}
+    kwargs = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
+    kwargs = {key: value for key, value in kwargs.items() if value}
     try:
         source = timm.get_pretrained_cfg(config.model)
         if source is not None and source.fixed_input_size and config.img_size is not None:
             kwargs["img_size"] = config.img_size
         model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
-    except (RuntimeError, ValueError, OSError) as error:
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+    except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError) as error:
         raise ApartError(f"cannot create model {config.model!r}: {_first_line(error)}") from error
     size = data_config(
         model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=data.spec.mean, std=data.spec.std
@@ -189,6 +216,8 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
             f"model {config.model!r} does not take images of {edge} pixels ({_first_line(error)}); "
             f"try --img-size {usual}, the model's own."
         ) from error
+    if config.sync_bn:
+        model = convert_sync_batchnorm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model, size
@@ -219,7 +248,10 @@ def make_loaders(
             f"(--batch-size {config.batch_size} x {accelerator.num_processes} process(es)); use a smaller batch."
         )
     keys = (config.input_key, config.target_key)
-    train = TransformedImages(data.train, *keys, train_transform(images, data.image_size, data.spec.padding))
+    train = TransformedImages(data.train, *keys, train_transform(
+        images, data.image_size, data.spec.padding, aa=config.aa, color_jitter=config.color_jitter,
+        reprob=config.reprob,
+    ))
     val = TransformedImages(data.val, *keys, eval_transform(images))
     common = {
         "batch_size": config.batch_size, "num_workers": config.workers, "persistent_workers": config.workers > 0,

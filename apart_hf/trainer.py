@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, tqdm
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
@@ -25,12 +26,14 @@ class Trainer:
         accelerator: has prepared model, optimizer and loaders.
         model: in any wrapper.
         strategy: its `accumulate_gradients` fills p.grad.
-        optimizer: stepped once a batch.
+        optimizer: stepped once in as many batches as the accelerator accumulates.
         scheduler: timm's, stepped by update; None: a constant learning rate.
         criterion: criterion(output, targets) -> mean loss; takes soft targets where `mixup` makes them.
         train_loader, val_loader: batches of (images, class indices).
         mixup: timm's Mixup, drawn once a batch and so the same in both passes; None: off.
         clip_grad: largest norm of the combined gradient; None: off.
+        every: the second pass is made in every so-manieth step; the others are plain steps.
+        ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
     """
 
@@ -44,6 +47,8 @@ class Trainer:
     val_loader: Any
     mixup: Callable | None = None
     clip_grad: float | None = None
+    every: int = 1
+    ema: ModelEmaV3 | None = None
     log_interval: int = 50
     steps: int = 0
 
@@ -57,16 +62,34 @@ class Trainer:
             if max_steps is not None and self.steps >= max_steps:
                 return
 
-    def train_step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on one batch; returns the clean pass's loss and output."""
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and exported: the averaged one, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def train_step(self, images: Tensor, targets: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The gradient of one batch, and an optimizer step where the accelerator has accumulated enough of them.
+
+        Args:
+            share: weight of this batch in the step, relative to an equal part of `gradient_accumulation_steps`.
+
+        Returns: loss and output of the clean pass.
+        """
         if self.scheduler is not None:
             self.scheduler.step_update(self.steps)
-        loss, output = self.strategy.accumulate_gradients(images, targets, self.criterion)
-        if self.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.steps += 1
+        with self.accelerator.accumulate(self.model):
+            loss, output = self.strategy.accumulate_gradients(
+                images, targets, self.criterion, perturb=(self.steps + 1) % self.every == 0,
+                backward=lambda loss: self.accelerator.backward(loss if share == 1.0 else loss * share),
+            )
+            if self.accelerator.sync_gradients and self.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            self.optimizer.step()  # Accelerate's: does nothing before the last batch of a step
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.steps += 1
+            if self.ema is not None:
+                self.ema.update(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), step=self.steps)
         return loss, output
 
     def train_epoch(self, title: str, max_steps: int | None = None) -> dict[str, float]:
@@ -75,6 +98,8 @@ class Trainer:
         totals = torch.zeros(3, device=self.accelerator.device)  # loss sum, hits, samples
         processes, shown, start = self.accelerator.num_processes, 0, time.perf_counter()
         on_terminal = sys.stderr.isatty()
+        accumulated = self.accelerator.gradient_accumulation_steps
+        rest = len(self.train_loader) % accumulated  # batches in the last step of the epoch, where they are fewer
         bar = tqdm(self.train_loader, main_process_only=True, desc=title, unit="step", leave=False,
                    disable=not (on_terminal and self.accelerator.is_local_main_process))
         for step, (images, labels) in enumerate(bar, start=1):
@@ -82,7 +107,8 @@ class Trainer:
             if self.mixup is not None:
                 images, targets = self.mixup(images, labels)
                 labels = targets.argmax(-1)  # the heavier of the two
-            loss, output = self.train_step(images, targets)
+            in_rest = step > len(self.train_loader) - rest
+            loss, output = self.train_step(images, targets, accumulated / rest if in_rest else 1.0)
             hits = (output.argmax(-1) == labels).sum()
             totals += torch.stack([loss * len(images), hits, hits.new_tensor(len(images))]).to(totals)
             last = max_steps is not None and self.steps >= max_steps
@@ -110,12 +136,13 @@ class Trainer:
         """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent over the evaluation split."""
         if self.accelerator.num_processes > 1:
             # running statistics differ by rank; those of rank 0 are exported, so they are what is measured
-            for buffer in self.model.buffers():
+            for buffer in self.evaluated.buffers():
                 buffer.copy_(broadcast(buffer, from_process=0))
-        self.model.eval()
+        self.evaluated.eval()
         metric, losses = TopKAccuracy(keep_in_memory=True), []
         for images, labels in self.val_loader:
-            output = self.model(images)
+            with self.accelerator.autocast():
+                output = self.evaluated(images).float()
             loss = nn.functional.cross_entropy(output, labels, reduction="none")
             best = output.topk(min(K, output.shape[-1])).indices
             best, labels, loss = self.accelerator.gather_for_metrics((best, labels, loss))

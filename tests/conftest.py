@@ -11,6 +11,10 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.helpers import batch, build
 
 
+def pytest_addoption(parser):
+    parser.addoption("--report", help="file for the table that slow tests make")
+
+
 @pytest.fixture(autouse=True)
 def a_process_of_its_own():
     """Accelerate keeps precision and device for a whole process; each test here stands for one."""

@@ -81,9 +81,13 @@ def gradients(model):
 
 
 def assert_same(actual, expected, tolerance=1e-10):
-    """Each tensor agrees to `tolerance` of its own largest entry (a tensor that is zero but for rounding: of all)."""
+    """Each tensor agrees to `tolerance` of its own largest entry (a tensor that is zero but for rounding: of all).
+
+    Returns the largest difference by that measure.
+    """
     assert actual.keys() == expected.keys()
     top = max(float(t.abs().max()) for t in expected.values() if t is not None and t.numel())
+    worst = 0.0
     for name, want in expected.items():
         got = actual[name]
         if want is None:
@@ -91,8 +95,10 @@ def assert_same(actual, expected, tolerance=1e-10):
             continue
         scale = float(want.abs().max())
         error = float((got - want).abs().max())
-        bound = tolerance * (scale if scale > 1e-12 * top else top)
-        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+        measure = scale if scale > 1e-12 * top else top
+        assert error <= tolerance * measure, f"{name}: error {error:.3g}, bound {tolerance * measure:.3g}"
+        worst = max(worst, error / measure if measure else 0.0)
+    return worst
 
 
 def snapshot(model):

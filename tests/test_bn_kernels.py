@@ -38,7 +38,8 @@ def test_agrees_with_the_naive_formula(layout, groups, blocks, fast, composed, d
     if not fast:
         monkeypatch.setattr(bn_kernels, "_has_fast_statistics", lambda *_: False)
     if composed:
-        monkeypatch.setattr(bn_kernels, "_in_place_blocks", lambda *_: True)
+        monkeypatch.setattr(bn_kernels, "_composes_forward", lambda *_: True)
+        monkeypatch.setattr(bn_kernels, "_composes_backward", lambda *_: True)
     g = torch.Generator().manual_seed(0)
     shape = SHAPES[layout]
     rows = shape[0] // 8

@@ -41,6 +41,17 @@ from tests.helpers import FAST, ROOT, run
     (["--model", "foo:bar"], "cannot create model 'foo:bar'"),
     (["--seed", "5000000000"], "--seed 5000000000"),
     (["--clip-grad", "0"], "--clip-grad 0"),
+    (["--cutmix", "1", "--batch-size", "33"], "--batch-size 33 is odd"),
+    (["--aa", "foo"], "--aa 'foo' is no policy"),
+    (["--aa", "v0", "--color-jitter", "0.4"], "exclude each other"),
+    (["--reprob", "1.5"], "--reprob 1.5"),
+    (["--every", "0"], "--every 0"),
+    (["--model-ema-decay", "1"], "--model-ema-decay 1.0: must be below 1"),
+    (["--expect-processes", "2"], "1 process.* were started, not 2; .*torchrun"),
+    (["--sync-bn"], "--sync-bn needs GPUs"),
+    (["--method", "sam", "--local-attack"], "'sam' has no hyper-parameter 'local_attack'"),
+    (["--method", "asam", "--eta", "-1"], "eta=-1.0"),
+    (["--drop-path", "0.1", "--model", "vgg11_bn"], "cannot create model 'vgg11_bn'"),
     (["--epochs", "5", "--warmup-epochs", "5"], "--warmup-epochs 5 leaves nothing of --epochs 5"),
     (["--data-dir", "/nowhere"], "/nowhere does not exist"),
 ])
@@ -83,7 +94,9 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
     flags = (
         "model method epsilon groups ratio rho dataset data-dir train-split val-split input-key target-key epochs "
         "max-steps batch-size lr momentum weight-decay sched decay-milestones warmup-epochs mixup smoothing img-size "
-        "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to"
+        "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to every eta "
+        "local-attack global-norm aa color-jitter reprob cutmix grad-accum-steps model-ema model-ema-decay "
+        "torchcompile sync-bn grad-checkpointing drop drop-path expect-processes"
     )
     assert all(f"--{flag}" in text for flag in flags.split())
     assert "[128; demo: 64]" in text and "[0.9]" in text

@@ -120,7 +120,8 @@ def test_grad_scaler_in_ones_own_loop(method):
 @pytest.mark.parametrize("overflows_in", [1, 2])
 @pytest.mark.parametrize("method", ["apart", "sam", "apart-sam"])
 def test_an_overflow_in_either_pass_skips_the_step(method, overflows_in, model, data):
-    weights = copy.deepcopy(dict(model.named_parameters()))
+    weights, plain = copy.deepcopy(dict(model.named_parameters())), copy.deepcopy(model)
+    plain(data[0])  # what a skipped standard step leaves in the buffers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     strategy, calls = create_strategy(method, model, **SMALL[method]), []
@@ -132,6 +133,7 @@ def test_an_overflow_in_either_pass_skips_the_step(method, overflows_in, model, 
     strategy.accumulate_gradients(*data, cross_entropy, backward=backward)
     scaler.step(optimizer)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers()))
     for perturbation in strategy.perturbations:
         if hasattr(perturbation, "_deltas") and overflows_in == 1:
             assert not perturbation._deltas.any()
@@ -214,7 +216,7 @@ def test_compiled_models_keep_two_training_graphs():
         return graph.forward
 
     torch._dynamo.reset()
-    strategy = create_strategy("apart", torch.compile(model, backend=backend), groups=2)
+    strategy = create_strategy("apart", torch.compile(model, backend=backend, fullgraph=True), groups=2)
     images, targets = batch(8, dtype=torch.float32)
     for _ in range(2):
         strategy.accumulate_gradients(images, targets, cross_entropy)

@@ -37,19 +37,32 @@ def data_config(
     return config | {key: tuple(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
 
 
-def train_transform(config: dict[str, Any], image_size: tuple[int, int], padding: int = 4) -> Callable:
-    """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip."""
+def train_transform(
+    config: dict[str, Any], image_size: tuple[int, int], padding: int = 4, *, aa: str | None = None,
+    color_jitter: float = 0.0, reprob: float = 0.0,
+) -> Callable:
+    """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip.
+
+    Args:
+        config: timm's description of the images, see `data_config`.
+        image_size: (width, height) of the dataset's images, in pixels.
+        padding: pixels around a small image before its random crop.
+        aa, color_jitter, reprob: timm's automatic augmentation, colour jitter and random erasing, after that.
+
+    Raises: ApartError for a policy that timm does not know.
+    """
     size = config["input_size"][-1]
-    if max(image_size) > SMALL:
-        return create_transform(
-            config["input_size"], is_training=True, color_jitter=0.0, interpolation=config["interpolation"],
-            mean=config["mean"], std=config["std"],
+    try:
+        crop, augment, to_tensor = create_transform(
+            config["input_size"], is_training=True, color_jitter=color_jitter, auto_augment=aa, re_prob=reprob,
+            interpolation=config["interpolation"], mean=config["mean"], std=config["std"], separate=True,
         )
-    return T.Compose([
-        T.Resize(size),  # does nothing to an image of that size
-        T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip(), T.ToTensor(),
-        T.Normalize(config["mean"], config["std"]),
-    ])
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.") from error
+    if max(image_size) <= SMALL:
+        # Resize does nothing to an image of that size
+        crop = T.Compose([T.Resize(size), T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip()])
+    return T.Compose([crop, augment, to_tensor])
 
 
 def eval_transform(config: dict[str, Any]) -> Callable:

@@ -15,9 +15,11 @@ from apart_hf.errors import ApartError
 from apart_hf.perturbations.base import Perturbation, checked_radius, processes
 from apart_hf.perturbed_bn import replaced_forwards, supported_layers
 
-# Share of a layer's largest |g_delta| up to which a component may be rounding noise around a structural zero (where
-# only further BN layers, or a softmax, read a BN's output). Measured float32 noise is at most 6.5e-7.
+# Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
+# only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest
+# noise in float32 is about 1e-6; with float16 or bfloat16 activations 99 % of it lie below a quarter of their eps.
 DEAD_ZONE = 2e-6
+DEAD_ZONE_IN_16_BITS = 0.25  # of the dtype's eps
 
 
 class GroupStatistics(Perturbation):
@@ -107,10 +109,16 @@ class AdversarialStatistics(GroupStatistics):
     def __init__(self, model: nn.Module, *, epsilon: float, groups: int, local_attack: bool):
         super().__init__(model, groups=groups)
         self.epsilon, self.local_attack = checked_radius("epsilon", epsilon, "the paper uses 0.1"), local_attack
+        self._eps = None
 
     def observed(self, samples: int) -> AbstractContextManager[None]:
         self._allocate()
-        return replaced_forwards(self._active(), self._leaves, samples=samples, perturbed=False)
+        if self._eps is None or self._eps.device != self._deltas.device:
+            self._eps = self._deltas.new_zeros(())
+        self._eps.zero_()
+        return replaced_forwards(
+            self._active(), self._leaves, samples=samples, perturbed=False, activation_eps=self._eps
+        )
 
     def _gradient(self) -> Tensor:
         """g_delta of all layers, (sum of 2C,)."""
@@ -126,7 +134,8 @@ class AdversarialStatistics(GroupStatistics):
         size = gradient.abs()
         largest = size.new_zeros(len(self.layers)).scatter_reduce_(0, self._layer_of, size, "amax")
         # comparisons with NaN or inf bounds are false: an overflow gives no sign
-        counts = size > DEAD_ZONE * largest[self._layer_of]
+        dead_zone = (DEAD_ZONE_IN_16_BITS * self._eps).clamp(min=DEAD_ZONE)
+        counts = size > dead_zone * largest[self._layer_of]
         self._deltas.copy_(torch.where(counts, self.epsilon * gradient.sign(), 0.0))
 
 
