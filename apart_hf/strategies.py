@@ -97,6 +97,7 @@ def create_strategy(
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
+    _refuse_sharded(model)
     method = METHODS[name]
     known = method.hyper_parameters()
     for key in hyper:
@@ -106,6 +107,16 @@ def create_strategy(
     return TwoPassStrategy(
         name, method, model, known | hyper, accelerator=accelerator, generator=generator, autocast=autocast
     )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineEngine"):
+                raise ApartError(
+                    f"the model is sharded ({kind.__name__}), and the second pass needs whole weights and gradients on "
+                    "each process; use DistributedDataParallel."
+                )
 
 
 class TwoPassStrategy:

@@ -4,7 +4,8 @@
     python scripts/benchmark.py --model wide_resnet40_2 --batch-size 128 --methods standard,apart,sam,apart-sam
 
 A step is accumulate_gradients, an SGD step and zero_grad on random images. Ratios are taken within each round, to the
-first method named, so that a machine that slows down slows all of them.
+first method named, so that a machine that slows down slows all of them. --profile adds where the time of the second
+method named goes that two steps of the first would not take.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torchcompile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads [torch's own choice]")
+    parser.add_argument("--profile", type=int, metavar="STEPS", help="steps of each under torch.profiler, interleaved")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
@@ -95,6 +97,40 @@ class Contender:
         return peak / 2**20
 
 
+KINDS = {
+    "convolution": ("convolution", "mkldnn", "cudnn"), "batch norm": ("batch_norm", "addcmul"),
+    "activation": ("relu", "threshold", "silu", "gelu", "hardtanh"), "optimizer": ("_foreach", "SGD", "Optimizer"),
+    "matrix product": ("addmm", "aten::mm", "bmm"),
+}
+
+
+def profile(contenders: list[Contender], steps: int) -> str:
+    """Time of each kind of operation in a step of both, and what the second's has beyond twice the first's, in ms."""
+    spent = []
+    for contender in contenders:
+        kinds = dict.fromkeys([*KINDS, "other operations", "outside of operations"], 0.0)
+        wall = 0.0
+        for _ in range(steps):
+            with torch.profiler.profile() as recorded:
+                start = time.perf_counter()
+                contender.step()
+                wall += time.perf_counter() - start
+            for event in recorded.key_averages():
+                kind = next((k for k, parts in KINDS.items() if any(p in event.key for p in parts)), "other operations")
+                kinds[kind] += event.self_cpu_time_total / 1000 / steps
+        kinds["outside of operations"] = 1000 * wall / steps - sum(kinds.values())
+        spent.append(kinds)
+    first, second = spent
+    total = 2 * sum(first.values())
+    lines = ["| kind | first, twice | second | beyond, ms | of two steps |", "|---|---|---|---|---|"]
+    for kind in first:
+        beyond = second[kind] - 2 * first[kind]
+        lines.append(f"| {kind} | {2 * first[kind]:.0f} | {second[kind]:.0f} | {beyond:+.0f} | {beyond / total:+.1%} |")
+    beyond = sum(second.values()) - total
+    lines.append(f"| all | {total:.0f} | {sum(second.values()):.0f} | {beyond:+.0f} | {beyond / total:+.1%} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = parse()
     if args.threads:
@@ -124,6 +160,8 @@ def main() -> None:
         ratio = " - ".join(f"{row[f'ratio_{key}']:.2f}" for key in ("min", "median", "max"))
         print(f"| {row['method']} | {row['ms_per_step']:.0f} | {row['images_per_second']:.0f} | {ratio} | "
               f"{row['peak_memory_mib']:.0f} |")
+    if args.profile:
+        print(profile(list(contenders.values())[:2], args.profile))
     if args.json:
         figures = {"arguments": vars(args), "device_name": name, "versions": versions(), "rows": rows}
         with open(args.json, "w") as file:

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from apart_hf import create_strategy
+from apart_hf import ApartError, create_strategy
 from tests.helpers import assert_same, batch, build, gradients
 from tests.reference import reference_step
 from tests.test_strategies_oracle import HYPER
@@ -159,3 +159,20 @@ def test_synchronised_batchnorm_is_one_process_on_the_joint_batch(name, layout, 
     for rank in ranks:
         assert_same(rank["gradients"], want)
         assert_same({n: b.double() for n, b in rank["buffers"].items()}, {n: b.double() for n, b in buffers.items()})
+
+
+@pytest.mark.parametrize("kind", ["FSDP1", "FSDP2"])
+def test_sharded_models_are_refused(kind, tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = build("test_byobnet", dtype=torch.float32)
+        if kind == "FSDP2":
+            fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        else:
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        with pytest.raises(ApartError, match=r"the model is sharded .*DistributedDataParallel"):
+            create_strategy("apart", model)
+    finally:
+        dist.destroy_process_group()
