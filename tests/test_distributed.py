@@ -112,6 +112,12 @@ def accumulating_worker(rank, folder):
                     strategy.accumulate_gradients(images, targets, cross_entropy)
         found[method] = copy.deepcopy(gradients(model))
 
+    attacked = build("test_efficientnet", dtype=torch.float32)
+    strategy = create_strategy("apart", DistributedDataParallel(attacked), **HYPER["apart"])
+    images, targets = (part.chunk(RANKS)[rank] for part in batch(16, dtype=torch.float32))
+    strategy.accumulate_gradients(images, targets, cross_entropy)
+    found["attack"] = strategy.perturbations[0]._deltas
+
     model = build("test_byobnet", dtype=torch.float32)
     wrapped = DistributedDataParallel(model)
     strategy = create_strategy("apart-sam", wrapped, groups=2, rho=0.2)
@@ -135,6 +141,13 @@ def test_micro_batches_and_fifty_steps_on_two_ranks(tmp_path):
         for rank in ranks:
             assert_same(rank[method], {n: parts[0][n] + parts[1][n] for n in parts[0]})
     assert all(torch.equal(ranks[0]["weights"][n], p) for n, p in ranks[1]["weights"].items())
+    # float32 on two ranks attacks as the oracle does in float64, structural zeros and all
+    _, _, deltas = reference_step(build("test_efficientnet"), *batch(16), cross_entropy, "apart", ranks=RANKS,
+                                  **HYPER["apart"])
+    exact = torch.cat([d for pair in deltas.values() for d in pair]).sign()
+    assert (exact == 0).double().mean() > 0.01
+    for rank in ranks:
+        assert not rank["attack"][exact == 0].any() and (rank["attack"].sign() != exact).double().mean() < 0.001
 
 
 def synchronised_worker(rank, folder, name, layout):
