@@ -159,7 +159,7 @@ def main() -> None:
         done = {row["model"] for row in csv.DictReader(args.output.open())}
     print(f"{len(names)} models, {len(done & set(names))} of them done", flush=True)
     with args.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not done:
             writer.writeheader()
         for name in names:
