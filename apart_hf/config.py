@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apart_hf.data import DATASETS
+from apart_hf.config_file import read_config
+from apart_hf.data import DATASETS, LOADERS
 from apart_hf.errors import ApartError
+from apart_hf.recipes import RECIPES, recipe
 from apart_hf.strategies import METHODS
 
 
@@ -41,7 +43,14 @@ _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.ite
 class TrainConfig:
     """Settings of one training run. None stands for "decided from the others", as the help texts say."""
 
-    model: str = _text("resnet18", "model", "any timm model, or wide_resnet40_2", metavar="NAME")
+    config: str | None = _text(None, "settings", "YAML file of settings, as runs write them; flags win", metavar="FILE")
+    recipe: str | None = _text(
+        None, "settings", f"a setting of the paper, {', '.join(sorted(RECIPES)[:2])}, ...; flags win",
+        metavar="NAME",
+    )
+    print_config: bool = _flag("settings", "print the resolved settings as YAML and exit; touches no data")
+
+    model: str = _text("resnet18", "model", "any timm model, or wide_resnet40_2, preact_resnet18, ...", metavar="NAME")
     channels_last: bool = _flag("model", "keep activations in channels_last memory format")
     drop: float = _float(0.0, "model", "dropout before the classifier; drawn anew in the second pass")
     drop_path: float = _float(0.0, "model", "stochastic depth; drawn anew in the second pass")
@@ -76,6 +85,10 @@ class TrainConfig:
     target_key: str | None = _text(None, "data", "column of the class indices [found]", metavar="NAME")
     num_classes: int | None = _int(None, "data", "checked against the data [found]")
     img_size: int | None = _int(None, "data", "input edge in pixels [small images: their own; else: the model's]")
+    loader: str = _text(
+        "auto", "data", "memory: small images are decoded once and augmented by the batch; workers: one by one, by "
+        "loader processes; auto: memory where it gives the same", choices=LOADERS,
+    )
     workers: int | None = _int(None, "data", "loader processes [0 on the CPU; else one a core, at most 8]")
     aa: str | None = _text(
         None, "data", "timm's automatic augmentation, for instance rand-m9-mstd0.5 [off]", metavar="POLICY"
@@ -87,6 +100,10 @@ class TrainConfig:
     smoothing: float = _float(0.0, "data", "label smoothing in [0, 1)")
 
     epochs: int | None = _int(None, "optimisation", "length in epochs [200; demo: 6]")
+    budget: float | None = _float(
+        None, "optimisation", "cost in units of the given epochs of plain training: epochs and milestones become "
+        "budget / passes times theirs (apart, 2 passes: 200 epochs are budget 2)",
+    )
     max_steps: int | None = _int(None, "optimisation", "stop after N optimizer steps; still evaluates and exports")
     batch_size: int | None = _int(None, "optimisation", "images a process and step [128; demo: 64]", flags=("-b",))
     grad_accum_steps: int = _int(1, "optimisation", "batches whose mean gradient makes one step")
@@ -129,6 +146,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):  # NaN is refused too
                 raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
+        if self.budget is not None and not 0 < self.budget < float("inf"):
+            raise ApartError(f"--budget {self.budget}: must be a finite number above 0.")
         if self.clip_grad == 0:
             raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
         if self.seed >= 2**32 - 1:
@@ -166,16 +185,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = None) -> TrainConfig:
-    """The command line as a `TrainConfig`. Exits with code 2 and one line where it cannot be read.
+    """The command line as a `TrainConfig`: flags before the file of --config before --recipe before defaults.
 
-    Raises: ApartError for a value out of range.
+    Exits with code 2 and one line where the command line cannot be read.
+
+    Raises: ApartError for a value out of range, or a file or recipe that is not there.
     """
     parser = _Parser(
         prog=prog, description="Train any timm BatchNorm model with APART, SAM, both, or plainly.",
-        epilog="Defaults in [] depend on other settings.", allow_abbrev=False,
+        epilog="Defaults in [] depend on other settings.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {}
-    for option in dataclasses.fields(TrainConfig):
+    options = dataclasses.fields(TrainConfig)
+    for option in options:
         title = option.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -183,8 +205,11 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
         flags = (f"--{option.name.replace('_', '-')}", *arguments_of.pop("flags", ()))
         help = option.metadata["help"].replace("%", "%%")
         if option.default is False:
-            arguments_of["action"] = "store_true"
+            arguments_of["action"] = argparse.BooleanOptionalAction
         elif option.default is not None:
             help += f" [{option.default}]"
-        groups[title].add_argument(*flags, dest=option.name, default=option.default, help=help, **arguments_of)
-    return TrainConfig(**vars(parser.parse_args(arguments)))
+        groups[title].add_argument(*flags, dest=option.name, help=help, **arguments_of)
+    flags = vars(parser.parse_args(arguments))
+    file = read_config(flags["config"], options) if flags.get("config") else {}
+    name = flags.get("recipe", file.get("recipe"))
+    return TrainConfig(**(recipe(name) if name else {}) | file | flags)

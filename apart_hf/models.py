@@ -1,7 +1,8 @@
 """The paper's CIFAR architectures, registered with timm: `import apart_hf` suffices for `timm.create_model`.
 
-Wide residual networks follow xternalz/WideResNet-pytorch (cited by the paper as its implementation): pre-activation
-blocks of two 3x3 convolutions on a stride-1 stem.
+All are pre-activation residual networks on a stride-1 stem. Wide ones follow xternalz/WideResNet-pytorch (cited by the
+paper as its implementation); PreAct-ResNet-18 follows kuangliu/pytorch-cifar, with BN and ReLU after the stem as in the
+authors' code, and no BN after the last block.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
-class WideBlock(nn.Module):
+class PreActBlock(nn.Module):
     """BN-ReLU-conv3x3 twice, plus the input; where the width changes, a 1x1 convolution of the activated input."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, drop_rate: float):
@@ -37,12 +38,17 @@ class WideBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
-    """WRN-depth-width for small images (Zagoruyko and Komodakis 2016).
+class PreActResNet(nn.Module):
+    """Pre-activation residual network for small images (He et al. 2016; Zagoruyko and Komodakis 2016).
 
     Args:
-        depth: 6 n + 4 with n blocks a stage.
-        width: multiplies the 16, 32 and 64 channels of the three stages.
+        widths: channels of each stage; from the second on, a stage halves the resolution.
+        blocks: blocks of each stage.
+        stem_width: channels of the stem.
+        stem_norm: BN and ReLU after the stem.
+        final_norm: BN and ReLU after the last block.
+        he_init: convolutions by He's initialisation over fan-out and no classifier bias at first (xternalz); else
+            torch's own initialisation (kuangliu).
         num_classes: 0 gives features.
         in_chans: channels of the images.
         global_pool: timm's name of a pooling.
@@ -50,35 +56,36 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int, width: int, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg",
+        self, widths: tuple[int, ...], blocks: int, stem_width: int, stem_norm: bool = False, final_norm: bool = True,
+        he_init: bool = True, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg",
         drop_rate: float = 0.0,
     ):
         super().__init__()
-        if (depth - 4) % 6:
-            raise ValueError(f"depth={depth}: a wide ResNet has a depth of 6 n + 4.")
-        blocks, widths = (depth - 4) // 6, [16 * width, 32 * width, 64 * width]
-        self.num_classes, self.grad_checkpointing = num_classes, False
+        self.num_classes, self.grad_checkpointing, self.he_init = num_classes, False, he_init
         self.num_features = self.head_hidden_size = widths[-1]
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
-        in_chs, self.feature_info = 16, []
-        for stage, (out_chs, stride) in enumerate(zip(widths, (1, 2, 2)), start=1):
+        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_width) if stem_norm else None
+        in_chs, self.feature_info = stem_width, []
+        for stage, out_chs in enumerate(widths, start=1):
             layers = []
             for index in range(blocks):
-                layers.append(WideBlock(in_chs, out_chs, stride if index == 0 else 1, drop_rate))
+                layers.append(PreActBlock(in_chs, out_chs, 2 if stage > 1 and index == 0 else 1, drop_rate))
                 in_chs = out_chs
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
             self.feature_info.append({"num_chs": out_chs, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
-        self.bn = nn.BatchNorm2d(in_chs)
+        self.bn = nn.BatchNorm2d(in_chs) if final_norm else None
         self.head = ClassifierHead(in_chs, num_classes, pool_type=global_pool)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if he_init:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self._init_classifier()
 
     def _init_classifier(self) -> None:
         if isinstance(self.head.fc, nn.Linear):
             self.head.fc.reset_parameters()
-            nn.init.zeros_(self.head.fc.bias)
+            if self.he_init:
+                nn.init.zeros_(self.head.fc.bias)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -99,9 +106,12 @@ class WideResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        for stage in (self.layer1, self.layer2, self.layer3):
+        if self.bn1 is not None:
+            x = F.relu(self.bn1(x), inplace=True)
+        for info in self.feature_info:
+            stage = getattr(self, info["module"])
             x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-        return F.relu(self.bn(x), inplace=True)
+        return x if self.bn is None else F.relu(self.bn(x), inplace=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -123,17 +133,47 @@ def is_registered_here(model: nn.Module) -> bool:
     return model.pretrained_cfg["architecture"] in default_cfgs
 
 
-default_cfgs = generate_default_cfgs({"wide_resnet40_2": _cfg()})
+default_cfgs = generate_default_cfgs({
+    "wide_resnet16_2": _cfg(), "wide_resnet40_2": _cfg(), "wide_resnet28_10": _cfg(),
+    "preact_resnet18": _cfg(pool_size=(4, 4)),
+})
 
 
-def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, **kwargs: Any) -> WideResNet:
+def _create(variant: str, pretrained: bool, widths: tuple[int, ...], **kwargs: Any) -> PreActResNet:
     return build_model_with_cfg(
-        WideResNet, variant, pretrained, depth=depth, width=width,
-        feature_cfg={"out_indices": (0, 1, 2)}, **kwargs,
+        PreActResNet, variant, pretrained, widths=widths, feature_cfg={"out_indices": tuple(range(len(widths)))},
+        **kwargs,
     )
 
 
+def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, **kwargs: Any) -> PreActResNet:
+    """WRN-depth-width: depth = 6 n + 4 with n blocks a stage."""
+    widths = (16 * width, 32 * width, 64 * width)
+    return _create(variant, pretrained, widths, blocks=(depth - 4) // 6, stem_width=16, **kwargs)
+
+
 @register_model
-def wide_resnet40_2(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+def wide_resnet16_2(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """WRN-16-2: 703,284 parameters at 100 classes."""
+    return _wide_resnet("wide_resnet16_2", pretrained, depth=16, width=2, **kwargs)
+
+
+@register_model
+def wide_resnet40_2(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """WRN-40-2: 2,255,156 parameters at 100 classes."""
     return _wide_resnet("wide_resnet40_2", pretrained, depth=40, width=2, **kwargs)
+
+
+@register_model
+def wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """WRN-28-10: 36,536,884 parameters at 100 classes."""
+    return _wide_resnet("wide_resnet28_10", pretrained, depth=28, width=10, **kwargs)
+
+
+@register_model
+def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """PreAct-ResNet-18: 11,171,274 parameters at 10 classes."""
+    return _create(
+        "preact_resnet18", pretrained, (64, 128, 256, 512), blocks=2, stem_width=64, stem_norm=True, final_norm=False,
+        he_init=False, **kwargs,
+    )

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from apart_hf.config import TrainConfig
+from apart_hf.config_file import write_config
 from apart_hf.data import ImageData
 from apart_hf.errors import ApartError
 from apart_hf.hub import export_folder
@@ -48,7 +48,7 @@ class RunFolder:
             scalars = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
             accelerator.init_trackers("trackers", config=scalars)
         if accelerator.is_main_process:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            (self.folder / "config.yaml").write_text(write_config(settings))
             (self.folder / "plots").mkdir()
         self.training = {
             "method": config.method, **hyper, "dataset": config.dataset_name, "seed": config.seed,

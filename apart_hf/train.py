@@ -21,21 +21,21 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
 
 from apart_hf.config import HYPER_PARAMETERS, TrainConfig, parse_arguments
+from apart_hf.config_file import write_config
 from apart_hf.data import (
     DATASETS,
     ImageData,
-    TransformedImages,
+    LoaderSettings,
     data_config,
-    eval_transform,
     find_dataset,
     load_image_data,
-    train_transform,
+    make_loaders,
 )
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.models import is_registered_here
+from apart_hf.recipes import budgeted
 from apart_hf.run_folder import RunFolder
 from apart_hf.runtime import cores, use_threads
 from apart_hf.strategies import METHODS, create_strategy
@@ -46,7 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line: bad input ends in one line on stderr and exit code 2."""
     prog = Path(sys.argv[0]).name
     try:
-        train(parse_arguments(arguments, prog=prog))
+        config = parse_arguments(arguments, prog=prog)
+        if config.print_config:
+            check_names(config)
+            print(write_config(dataclasses.asdict(settle(config))), end="")
+        else:
+            train(config)
     except ApartError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -59,6 +64,7 @@ def train(config: TrainConfig) -> Path:
     Raises: ApartError, before anything is written, where the settings do not fit each other or the data.
     """
     check_names(config)
+    config = settle(config)
     accelerator = make_accelerator(config)
     threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     set_seed(config.seed)
@@ -72,7 +78,12 @@ def train(config: TrainConfig) -> Path:
     model, images = make_model(config, data)
     ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
     config = dataclasses.replace(config, img_size=images["input_size"][-1])
-    train_loader, val_loader = make_loaders(config, data, images, accelerator)
+    check_size(config, data, accelerator)
+    augmentation = {"aa": config.aa, "color_jitter": config.color_jitter, "reprob": config.reprob}
+    train_loader, val_loader, loader = make_loaders(data, LoaderSettings(
+        images, config.batch_size, config.loader, config.workers, config.seed, accelerator.device, augmentation,
+    ))
+    config = dataclasses.replace(config, loader=loader)
     # weight decay on every parameter, BN and biases included, as in the paper
     optimizer = create_optimizer_v2(
         model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
@@ -95,7 +106,7 @@ def train(config: TrainConfig) -> Path:
         say("data: the bundled demo set, 7,000 images of Fashion-MNIST. For real data: --dataset cifar100 "
             f"(or {', '.join(name for name in DATASETS if name not in ('demo', 'cifar100'))}), or --data-dir FOLDER.")
     say(f"data: {len(data.train):,} training and {len(data.val):,} evaluation images, {len(data.class_names)} classes, "
-        f"input {'x'.join(map(str, images['input_size']))}")
+        f"input {'x'.join(map(str, images['input_size']))}, loader: {config.loader}")
     say(f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
         f"{1 + (strategy.passes - 1) / config.every:g} passes a step")
     say(f"run: {config.epochs} epochs of {len(train_loader)} steps, {accelerator.num_processes} process(es) on "
@@ -127,8 +138,7 @@ def check_names(config: TrainConfig) -> None:
     """What can be refused before any library is asked."""
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
-    if config.data_dir is None:
-        find_dataset(config.dataset)
+    find_dataset(config.dataset, config.data_dir)
     if ":" not in config.model and not is_model(split_model_name_tag(config.model)[0]):
         raise unknown_name("model", config.model, timm.list_models())
     if config.opt not in list_optimizers():
@@ -167,23 +177,36 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
-    """The config with every None that depends on data, method or machine decided."""
+def settle(config: TrainConfig) -> TrainConfig:
+    """The config with every None that depends on other settings decided; touches no data."""
     usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
-    usual |= data.spec.defaults
-    lacking = set(HYPER_PARAMETERS) - METHODS[config.method].hyper_parameters().keys()
+    if config.data_dir is None or config.dataset != TrainConfig.dataset:
+        usual |= find_dataset(config.dataset, config.data_dir).defaults
+    method = METHODS[config.method]
+    known = method.hyper_parameters()
+    lacking = set(HYPER_PARAMETERS) - known.keys()
     if config.batch_size is not None:
         lacking.add("groups")  # it belongs to the usual batch size
-    unset = {k: v for k, v in usual.items() if getattr(config, k) is None and k not in lacking}
-    config = dataclasses.replace(config, **unset)
-    epochs = config.epochs
+    usual = known | {key: value for key, value in usual.items() if key not in lacking}
+    config = dataclasses.replace(config, **{k: v for k, v in usual.items() if getattr(config, k) is None})
+    epochs, milestones = config.epochs, config.decay_milestones
+    if config.budget is not None:
+        passes = 1 + (config.ratio or 1.0) / config.every if method.perturbations else 1.0
+        epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
     if config.warmup_epochs >= epochs:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
     return dataclasses.replace(
+        config, epochs=epochs, budget=None,
+        decay_milestones=sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),
+        workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
+    )
+
+
+def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
+    """The config with every None that depends on the data or the machine decided."""
+    return dataclasses.replace(
         config,
         dataset=config.dataset_name,
-        decay_milestones=sorted(config.decay_milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),
-        workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
         amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
         threads=threads,
         **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},
@@ -238,30 +261,14 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
     return scheduler
 
 
-def make_loaders(
-    config: TrainConfig, data: ImageData, images: dict[str, Any], accelerator: Accelerator
-) -> tuple[DataLoader, DataLoader]:
+def check_size(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> None:
+    """Raise ApartError where the training split is smaller than one step."""
     needed = config.batch_size * accelerator.num_processes
     if len(data.train) < needed:
         raise ApartError(
             f"split {config.train_split!r} has {len(data.train)} images, fewer than one step of {needed} "
             f"(--batch-size {config.batch_size} x {accelerator.num_processes} process(es)); use a smaller batch."
         )
-    keys = (config.input_key, config.target_key)
-    train = TransformedImages(data.train, *keys, train_transform(
-        images, data.image_size, data.spec.padding, aa=config.aa, color_jitter=config.color_jitter,
-        reprob=config.reprob,
-    ))
-    val = TransformedImages(data.val, *keys, eval_transform(images))
-    common = {
-        "batch_size": config.batch_size, "num_workers": config.workers, "persistent_workers": config.workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-    generator = torch.Generator().manual_seed(config.seed)
-    return (
-        DataLoader(train, shuffle=True, drop_last=True, generator=generator, **common),
-        DataLoader(val, **common),
-    )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,9 @@ class Trainer:
         """Train, yielding each epoch's metrics (see `metrics.jsonl`) after its evaluation."""
         for epoch in range(epochs):
             self.train_loader.set_epoch(epoch)
+            dataset = self.train_loader.dataset
+            if hasattr(dataset, "set_epoch"):  # on several processes Accelerate does not pass it on
+                dataset.set_epoch(epoch)
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
             lr = self.optimizer.param_groups[0]["lr"]
             yield {"epoch": epoch + 1, **trained, **self.evaluate(), "lr": lr}

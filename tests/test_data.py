@@ -8,7 +8,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from apart_hf import ApartError
-from apart_hf.data import TransformedImages, data_config, eval_transform, load_image_data, train_transform
+from apart_hf.data import data_config, load_image_data
+from apart_hf.data.transforms import TransformedImages, eval_transform, train_transform
 
 
 def images(count, size=(20, 16), mode="RGB"):

@@ -7,9 +7,34 @@ import torch
 import apart_hf  # noqa: F401
 
 
-def test_parameter_count_is_the_published_one():
-    model = timm.create_model("wide_resnet40_2", num_classes=100)
-    assert sum(p.numel() for p in model.parameters()) == 2_255_156
+@pytest.mark.parametrize("name, classes, parameters", [
+    ("wide_resnet16_2", 100, 703_284), ("wide_resnet40_2", 100, 2_255_156), ("wide_resnet28_10", 100, 36_536_884),
+    ("preact_resnet18", 10, 11_171_274),  # the published 11,171,146, and the BN after the stem
+])
+def test_parameter_counts_are_the_published_ones(name, classes, parameters):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_preact_resnet18_is_the_authors():
+    """BN and ReLU after a stride-1 stem, four stages, torch's own initialisation, nothing after the last block."""
+    torch.manual_seed(0)
+    model = timm.create_model("preact_resnet18", num_classes=10).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        y = torch.relu(model.bn1(model.conv1(x)))
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            y = stage(y)
+        assert y.shape == (2, 512, 4, 4) and torch.equal(model(x), model.head.fc(y.mean((2, 3))))
+    weight = model.layer4[1].conv2.weight
+    assert weight.std().item() == pytest.approx((1 / (3 * 512 * 9)) ** 0.5, rel=0.02)  # uniform within 1/sqrt(fan-in)
+    assert model.head.fc.bias.any()
+    features = timm.create_model("preact_resnet18", features_only=True)
+    assert features.feature_info.channels() == [64, 128, 256, 512]
+    assert [f.shape[-1] for f in features(x)] == [32, 16, 8, 4]
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
 
 
 def test_initialised_as_in_the_cited_code():

@@ -48,13 +48,7 @@ def load_image_data(
     """
     named = {"train_split": train_split, "val_split": val_split, "input_key": input_key, "target_key": target_key}
     given = {key: value for key, value in named.items() if value is not None}
-    if data_dir is None:
-        spec = find_dataset(dataset)
-    elif dataset == "demo":  # the default: says nothing of the folder
-        spec = DatasetSpec(str(data_dir), local=True)
-    else:
-        spec = replace(find_dataset(dataset), path=str(data_dir), config=None, local=True)
-    spec = replace(spec, **given)
+    spec = replace(find_dataset(dataset, data_dir), **given)
     splits = _load(spec)
     spec = replace(
         spec,
@@ -77,6 +71,16 @@ def load_image_data(
 
 def bad_image(split: str, index: int, error: Exception) -> ApartError:
     return ApartError(f"image {index} of split {split!r} cannot be decoded ({error}); replace or remove it.")
+
+
+def first_bad_image(data: Dataset, split: str, indices: list[int], error: Exception) -> ApartError:
+    """What to say of the first of `indices` that cannot be decoded, where a look-up of all of them raised `error`."""
+    for index in indices:
+        try:
+            data[index]
+        except (OSError, ValueError) as found:
+            return bad_image(split, index, found)
+    return bad_image(split, indices[0], error)
 
 
 def _load(spec: DatasetSpec) -> DatasetDict:
@@ -144,8 +148,13 @@ def _class_names(data: Dataset, spec: DatasetSpec) -> list[str]:
 
 
 def _labels(data: Dataset, spec: DatasetSpec) -> np.ndarray:
-    table = data.select_columns([spec.target_key]).with_format("arrow")[:]  # reads no image
-    return table[spec.target_key].to_numpy()
+    return labels_of(data, spec.target_key)
+
+
+def labels_of(data: Dataset, target_key: str) -> np.ndarray:
+    """The class indices (N,) of a split."""
+    table = data.select_columns([target_key]).with_format("arrow")[:]  # reads no image
+    return table[target_key].to_numpy()
 
 
 def _check_split(data: Dataset, split: str, spec: DatasetSpec, names: list[str]) -> None:

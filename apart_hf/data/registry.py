@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,18 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def find_dataset(name: str) -> DatasetSpec:
-    """The spec of a registered name, or of a Hub id (`user/name`)."""
-    if name in DATASETS:
+def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
+    """The spec of a registered name, or of a Hub id (`user/name`); of `folder`, where given, by that name or its own.
+
+    Raises: ApartError for an unknown name.
+    """
+    if folder is not None:
+        if name in DATASETS and name != "demo":  # demo is the default: it says nothing of the folder
+            return replace(DATASETS[name], path=str(folder), config=None, local=True)
+        if name == "demo" or "/" in name or name == Path(folder).resolve().name:
+            return DatasetSpec(str(folder), local=True)
+    elif name in DATASETS:
         return DATASETS[name]
-    if "/" in name:
+    elif "/" in name:
         return DatasetSpec(name)
     raise unknown_name("dataset", name, DATASETS)

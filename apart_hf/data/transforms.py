@@ -10,7 +10,7 @@ from datasets import Dataset
 from timm.data import create_transform, resolve_data_config
 from torchvision import transforms as T
 
-from apart_hf.data.loading import bad_image
+from apart_hf.data.loading import first_bad_image
 from apart_hf.errors import ApartError
 
 SMALL = 96  # pixels; up to here images are cropped from a padded original instead of being resized
@@ -89,16 +89,8 @@ class TransformedImages(torch.utils.data.Dataset):
         try:
             rows = self.data[indices]
         except (OSError, ValueError) as error:
-            raise self._bad_image(indices, error) from error
+            raise first_bad_image(self.data, str(self.data.split), indices, error) from error
         return [
             (self.transform(image.convert("RGB")), label)
             for image, label in zip(rows[self.input_key], rows[self.target_key])
         ]
-
-    def _bad_image(self, indices: list[int], error: Exception) -> ApartError:
-        for index in indices:
-            try:
-                self.data[index]
-            except (OSError, ValueError) as found:
-                return bad_image(str(self.data.split), index, found)
-        return bad_image(str(self.data.split), indices[0], error)

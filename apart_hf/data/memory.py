@@ -1,0 +1,123 @@
+"""Small images decoded once into memory, then augmented a whole batch at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+from datasets import Dataset
+from torch import Tensor
+
+from apart_hf.data.loading import first_bad_image
+from apart_hf.errors import ApartError
+
+LARGEST = 2**31  # bytes of decoded images that are kept in memory unasked
+_AT_ONCE = 1000  # images decoded by one look-up
+
+
+class OtherSize(ApartError):
+    """An image that is larger or smaller than the others."""
+
+
+def fits_in_memory(images: int, edge: int, padding: int) -> bool:
+    """Whether so many images of edge x edge pixels, padded, take no more than `LARGEST`."""
+    return 4 * images * (edge + 2 * padding) ** 2 <= LARGEST
+
+
+def decode(data: Dataset, split: str, input_key: str, edge: int, progress: str | None = None) -> Tensor:
+    """Every image as RGB: (N, edge, edge, 4) uint8, the fourth byte of a pixel zero.
+
+    Args:
+        data: the split, map-style.
+        split: its name, for messages.
+        input_key: column of the images.
+        edge: width and height that every image has, in pixels.
+        progress: title of a progress bar; None: no bar.
+
+    Raises: ApartError naming the first image that cannot be decoded or has another size.
+    """
+    decoded = torch.zeros(len(data), edge, edge, 4, dtype=torch.uint8)
+    images = data.select_columns([input_key])
+    for start in tqdm(range(0, len(data), _AT_ONCE), main_process_only=True, desc=progress, unit="k images",
+                      leave=False, disable=progress is None or not sys.stderr.isatty()):
+        indices = list(range(start, min(start + _AT_ONCE, len(data))))
+        try:
+            column = images[indices][input_key]
+        except (OSError, ValueError) as error:
+            raise first_bad_image(images, split, indices, error) from error
+        for index, image in zip(indices, column):
+            if image.size != (edge, edge):
+                raise OtherSize(
+                    f"image {index} of split {split!r} has {image.size[0]}x{image.size[1]} pixels, others "
+                    f"{edge}x{edge}; use --loader workers, which resizes."
+                )
+            decoded[index, ..., :3] = torch.from_numpy(np.array(image.convert("RGB")))
+    return decoded
+
+
+class InMemoryImages(torch.utils.data.Dataset):
+    """Batches of (images (B, 3, H, W) float32, class indices (B,)) from decoded images.
+
+    Training images are padded with black, cropped at random and flipped: torchvision's `RandomCrop(size, padding)`,
+    `RandomHorizontalFlip`, `ToTensor` and `Normalize` with all their probabilities, but for a batch at once. What is
+    drawn depends on (seed, epoch, the batch's own indices) alone, so that any batch can be drawn again.
+
+    Give it to a DataLoader with `collate_fn=InMemoryImages.collate`; it hands over whole batches.
+
+    Args:
+        decoded: from `decode`; kept on `device`.
+        labels: (N,) class indices.
+        mean, std: per channel, of pixels in [0, 1].
+        padding: pixels on each side before the crop.
+        flip: whether to flip every second image, at random.
+        seed: of what is drawn.
+        device: where batches are made.
+    """
+
+    def __init__(
+        self, decoded: Tensor, labels: np.ndarray, mean: Iterable[float], std: Iterable[float], *, padding: int = 0,
+        flip: bool = False, seed: int = 0, device: torch.device | str = "cpu",
+    ):
+        self.edge, self.padding, self.flip, self.seed, self.epoch = decoded.shape[1], padding, flip, seed, 0
+        if padding:
+            decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
+        # four bytes a pixel are gathered as one integer
+        self.pixels = decoded.contiguous().view(torch.int32).squeeze(-1).to(device)
+        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64).to(device)
+        self.mean, self.std = (torch.tensor(tuple(v), device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self.steps = torch.arange(self.edge, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate's loader: another epoch draws other crops and flips."""
+        self.epoch = epoch
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices, device=self.pixels.device)
+        if self.padding or self.flip:
+            found = self._augmented(rows, np.random.default_rng([self.seed, self.epoch, *indices]))
+        else:
+            found = self.pixels.index_select(0, rows)
+        bytes_of = found.view(torch.uint8).view(len(rows), self.edge, self.edge, 4)
+        images = bytes_of[..., :3].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.div_(255).sub_(self.mean).div_(self.std), self.labels[rows]
+
+    def _augmented(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
+        """Crops (B, H, W) of the padded images, half of them flipped."""
+        corners = torch.from_numpy(rng.integers(2 * self.padding + 1, size=(2, len(rows), 1)))
+        flipped = torch.from_numpy(rng.integers(2 if self.flip else 1, size=(len(rows), 1)))
+        top, left = corners.to(rows.device)
+        flipped = flipped.to(rows.device)
+        across = torch.where(flipped == 1, self.edge - 1 - self.steps, self.steps) + left
+        width = self.pixels.shape[-1]
+        lines = rows.view(-1, 1) * self.pixels.shape[1] + top + self.steps
+        return self.pixels.view(-1).take(lines.unsqueeze(-1) * width + across.unsqueeze(1))
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch

@@ -1,0 +1,157 @@
+"""Batches from memory are those of the per-image transforms: the same images, drawn with the same probabilities."""
+
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, Image
+from PIL import Image as PIL
+from torchvision import transforms as T
+
+from apart_hf import ApartError
+from apart_hf.config import TrainConfig
+from apart_hf.data import LoaderSettings, load_image_data, make_loaders
+from apart_hf.data.memory import InMemoryImages, decode
+from apart_hf.train import train
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+CONFIG = {"input_size": (3, 28, 28), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic",
+          "crop_mode": "center"}
+
+
+def settings(loader="auto", **more):
+    values = {"images": CONFIG, "batch_size": 40, "workers": 0, "seed": 0, "device": torch.device("cpu"),
+              "augmentation": {"aa": None, "color_jitter": 0.0, "reprob": 0.0}}
+    return LoaderSettings(**values | {"loader": loader} | more)
+
+
+def column(images):
+    return Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+
+
+def noise(count, edge=6):
+    rng = np.random.default_rng(0)
+    return [PIL.fromarray(rng.integers(0, 256, (edge, edge, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_evaluation_batches_are_the_per_image_ones_bit_for_bit():
+    data = load_image_data("demo")
+    (_, memory, kind), (_, workers, other) = (make_loaders(data, settings(loader)) for loader in ("auto", "workers"))
+    assert (kind, other) == ("memory", "workers") and len(memory) == len(workers) == 25
+    for (a, x), (b, y) in zip(memory, workers):
+        assert torch.equal(a, b) and torch.equal(x, y) and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def test_every_crop_and_flip_has_its_probability():
+    """Each drawn image is one of the 2 x 25 that crop and flip can give, and all of them are equally frequent."""
+    image, padding, draws = noise(1)[0], 2, 50 * 200
+    dataset = InMemoryImages(decode(column([image]), "train", "image", 6), [3], MEAN, STD, padding=padding, flip=True)
+    padded = T.Pad(padding)(image)
+    finish = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
+    possible = {}
+    for top, left, flip in itertools.product(range(5), range(5), (False, True)):
+        crop = T.functional.crop(padded, top, left, 6, 6)
+        possible[finish(T.functional.hflip(crop) if flip else crop).numpy().tobytes()] = 0
+    assert len(possible) == 50
+    for _ in range(4):
+        dataset.set_epoch(dataset.epoch + 1)
+        images, labels = dataset.__getitems__([0] * (draws // 4))
+        assert (labels == 3).all()
+        for found in images:
+            possible[found.contiguous().numpy().tobytes()] += 1  # KeyError: no crop of this image
+    chi_square = sum((count - draws / 50) ** 2 / (draws / 50) for count in possible.values())
+    assert chi_square < 85.4  # exceeded by chance once in 1,000 times (49 degrees of freedom)
+
+
+def test_any_batch_can_be_drawn_again():
+    dataset = InMemoryImages(decode(column(noise(8)), "train", "image", 6), range(8), MEAN, STD, padding=4, flip=True,
+                             seed=3)
+    first = dataset.__getitems__([5, 0, 2])
+    dataset.__getitems__([1, 3])
+    again = dataset.__getitems__([5, 0, 2])
+    assert torch.equal(first[0], again[0]) and again[1].tolist() == [5, 0, 2]
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset.__getitems__([5, 0, 2])[0], first[0])
+
+
+def test_samples_of_a_batch_are_drawn_apart():
+    dataset = InMemoryImages(decode(column(noise(1)), "train", "image", 6), [0], MEAN, STD, padding=4, flip=True)
+    assert len({image.numpy().tobytes() for image in dataset.__getitems__([0] * 64)[0]}) > 30
+
+
+def test_grey_palette_and_transparent_images_become_rgb():
+    image = noise(1)[0]
+    others = [image.convert(mode) for mode in ("L", "P", "RGBA", "CMYK", "LA")]
+    with_modes = column([i if i.mode != "CMYK" else i.convert("RGB") for i in others])  # PNG has no CMYK
+    pixels = decode(with_modes, "train", "image", 6)
+    for found, source in zip(pixels, others):
+        if source.mode != "CMYK":
+            assert np.array_equal(found[..., :3], np.asarray(source.convert("RGB")))
+    assert not pixels[..., 3].any()
+
+
+def data_of(images, tmp_path):
+    features = Features({"image": Image(), "label": load_image_data("demo").train.features["label"]})
+    for split in ("train", "test"):
+        rows = {"image": images, "label": [i % 10 for i in range(len(images))]}
+        Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    return load_image_data(data_dir=str(tmp_path))
+
+
+def test_images_of_several_sizes_go_to_the_workers(tmp_path):
+    data = data_of([*noise(3, 28), *noise(1, 30)], tmp_path)
+    assert make_loaders(data, settings())[2] == "workers"
+    with pytest.raises(ApartError, match="image 3 of split 'train' has 30x30 pixels, others 28x28"):
+        make_loaders(data, settings("memory"))
+
+
+def test_what_works_on_single_images_goes_to_the_workers(tmp_path):
+    data = data_of(noise(4, 28), tmp_path)
+    augmented = settings(augmentation={"aa": None, "color_jitter": 0.0, "reprob": 0.25})
+    assert make_loaders(data, settings())[2] == "memory" and make_loaders(data, augmented)[2] == "workers"
+    with pytest.raises(ApartError, match="--loader memory: --reprob works on single images"):
+        make_loaders(data, settings("memory", augmentation=augmented.augmentation))
+    large = settings("memory", images=CONFIG | {"input_size": (3, 224, 224)})
+    with pytest.raises(ApartError, match=r"28x28 pixels are not small squares of the network's input size \(224x224\)"):
+        make_loaders(data, large)
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+    good = tmp_path / "good.png"
+    noise(1)[0].save(good)
+    bad = good.read_bytes()[:60]
+    with pytest.raises(ApartError, match="image 2 of split 'train' cannot be decoded"):
+        decode(column([{"bytes": good.read_bytes()}] * 2 + [{"bytes": bad}]), "train", "image", 6)
+
+
+def test_accelerate_shares_batches_and_epochs_advance():
+    data = load_image_data("demo")
+    loader, _, _ = make_loaders(data, settings())
+    prepared = Accelerator(cpu=True).prepare(loader)
+    epochs = []
+    for epoch in range(2):
+        prepared.set_epoch(epoch)
+        epochs.append([labels for _, labels in prepared])
+        assert prepared.dataset.epoch == epoch
+    assert len(epochs[0]) == 150 and not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+
+
+@pytest.mark.parametrize("loader", ["memory", "workers"])
+def test_both_loaders_train(loader, tmp_path):
+    folder = train(TrainConfig(model="test_resnet", max_steps=2, loader=loader, output=str(tmp_path)))
+    assert f"loader: {loader}" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "metrics.jsonl").read_text())["train_loss"] > 0
+
+
+def test_a_batch_costs_little():
+    """Not a benchmark: a guard against a loop over images. Measured: see docs/DATA.md."""
+    dataset = InMemoryImages(torch.zeros(5000, 32, 32, 4, dtype=torch.uint8), range(5000), MEAN, STD, padding=4,
+                             flip=True)
+    start = time.perf_counter()
+    for i in range(20):
+        dataset.__getitems__(list(range(128 * i, 128 * i + 128)))
+    assert time.perf_counter() - start < 20 * 128 / 5000  # the per-image path's own rate
