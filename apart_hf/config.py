@@ -51,6 +51,7 @@ class TrainConfig:
     print_config: bool = _flag("settings", "print the resolved settings as YAML and exit; touches no data")
 
     model: str = _text("resnet18", "model", "any timm model, or wide_resnet40_2, preact_resnet18, ...", metavar="NAME")
+    pretrained: bool = _flag("model", "start from timm's weights for it")
     channels_last: bool = _flag("model", "keep activations in channels_last memory format")
     drop: float = _float(0.0, "model", "dropout before the classifier; drawn anew in the second pass")
     drop_path: float = _float(0.0, "model", "stochastic depth; drawn anew in the second pass")
@@ -106,6 +107,9 @@ class TrainConfig:
     )
     max_steps: int | None = _int(None, "optimisation", "stop after N optimizer steps; still evaluates and exports")
     batch_size: int | None = _int(None, "optimisation", "images a process and step [128; demo: 64]", flags=("-b",))
+    validation_batch_size: int | None = _int(
+        None, "optimisation", "images a process in evaluation [--batch-size]", flags=("-vb",)
+    )
     grad_accum_steps: int = _int(1, "optimisation", "batches whose mean gradient makes one step")
     opt: str = _text("momentum", "optimisation", "timm optimizer; momentum is SGD without Nesterov", metavar="NAME")
     lr: float | None = _float(None, "optimisation", "learning rate [0.1; demo: 0.05]")
@@ -118,6 +122,8 @@ class TrainConfig:
     decay_milestones: list[int] | None = _int(
         None, "optimisation", "epochs after which the learning rate falls to a tenth [1/2 and 3/4 of all]", nargs="+"
     )
+    min_lr: float = _float(0.0, "optimisation", "where the cosine ends")
+    warmup_lr: float = _float(0.0, "optimisation", "where the warmup starts")
     warmup_epochs: int = _int(0, "optimisation", "epochs of linear warmup")
     clip_grad: float | None = _float(None, "optimisation", "largest norm of the combined gradient [off]")
 
@@ -141,6 +147,7 @@ class TrainConfig:
             "clip_grad": 0, "mixup": 0, "smoothing": 0, "workers": 0, "threads": 1, "img_size": 1, "log_interval": 1,
             "seed": 0, "cutmix": 0, "color_jitter": 0, "reprob": 0, "drop": 0, "drop_path": 0, "every": 1,
             "grad_accum_steps": 1, "expect_processes": 1, "model_ema_decay": 0,
+            "min_lr": 0, "warmup_lr": 0, "validation_batch_size": 1,
         }
         for name, least in limits.items():
             value = getattr(self, name)

@@ -81,7 +81,8 @@ def train(config: TrainConfig) -> Path:
     check_size(config, data, accelerator)
     augmentation = {"aa": config.aa, "color_jitter": config.color_jitter, "reprob": config.reprob}
     train_loader, val_loader, loader = make_loaders(data, LoaderSettings(
-        images, config.batch_size, config.loader, config.workers, config.seed, accelerator.device, augmentation,
+        images, config.batch_size, config.validation_batch_size or config.batch_size, config.loader, config.workers,
+        config.seed, accelerator.device, augmentation,
     ))
     config = dataclasses.replace(config, loader=loader)
     # weight decay on every parameter, BN and biases included, as in the paper
@@ -216,7 +217,7 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
 
 def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
     """The timm model for the data's classes, and timm's description of its evaluation images."""
-    kwargs = {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
+    kwargs = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
     kwargs = {key: value for key, value in kwargs.items() if value}
     try:
         source = timm.get_pretrained_cfg(config.model)
@@ -254,7 +255,8 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
     """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
     half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
     scheduler, _ = create_scheduler_v2(
-        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=0.0,
+        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr, min_lr=config.min_lr,
         decay_milestones=[m + half_a_step for m in config.decay_milestones],
         step_on_epochs=False, updates_per_epoch=steps_per_epoch,
     )

@@ -66,9 +66,8 @@ def main() -> None:
     data = ImageData(images, images.select(range(128)), spec, [str(i) for i in range(10)], (width, height))
     kinds = {}
     for loader in ("memory", "workers") if args.size <= SMALL else ("workers",):
-        settings = LoaderSettings(
-            IMAGENET | {"input_size": (3, args.size, args.size)}, 128, loader, args.workers, 0, torch.device("cpu"), {}
-        )
+        images_as = IMAGENET | {"input_size": (3, args.size, args.size)}
+        settings = LoaderSettings(images_as, 128, 128, loader, args.workers, 0, torch.device("cpu"), {})
         start = time.perf_counter()
         train, _, _ = make_loaders(data, settings)
         if loader == "memory":

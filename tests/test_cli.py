@@ -45,6 +45,8 @@ from tests.helpers import FAST, ROOT, run
     (["--aa", "foo"], "--aa 'foo' is no policy"),
     (["--aa", "v0", "--color-jitter", "0.4"], "exclude each other"),
     (["--reprob", "1.5"], "--reprob 1.5"),
+    (["--model", "test_resnet", "--pretrained"], "cannot create model 'test_resnet'"),
+    (["-vb", "0"], "--validation-batch-size 0"),
     (["--every", "0"], "--every 0"),
     (["--model-ema-decay", "1"], "--model-ema-decay 1.0: must be below 1"),
     (["--expect-processes", "2"], "1 process.* were started, not 2; .*torchrun"),
@@ -96,7 +98,8 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
         "max-steps batch-size lr momentum weight-decay sched decay-milestones warmup-epochs mixup smoothing img-size "
         "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to every eta "
         "local-attack global-norm aa color-jitter reprob cutmix grad-accum-steps model-ema model-ema-decay "
-        "torchcompile sync-bn grad-checkpointing drop drop-path expect-processes"
+        "pretrained min-lr warmup-lr validation-batch-size torchcompile sync-bn "
+        "grad-checkpointing drop drop-path expect-processes"
     )
     assert all(f"--{flag}" in text for flag in flags.split())
     assert "[128; demo: 64]" in text and "[0.9]" in text

@@ -24,8 +24,8 @@ CONFIG = {"input_size": (3, 28, 28), "mean": MEAN, "std": STD, "crop_pct": 1.0, 
 
 
 def settings(loader="auto", **more):
-    values = {"images": CONFIG, "batch_size": 40, "workers": 0, "seed": 0, "device": torch.device("cpu"),
-              "augmentation": {"aa": None, "color_jitter": 0.0, "reprob": 0.0}}
+    values = {"images": CONFIG, "batch_size": 40, "eval_batch_size": 40, "workers": 0, "seed": 0,
+              "device": torch.device("cpu"), "augmentation": {"aa": None, "color_jitter": 0.0, "reprob": 0.0}}
     return LoaderSettings(**values | {"loader": loader} | more)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from apart_hf.config import parse_arguments
 from apart_hf.data import DATASETS
+from apart_hf.recipes import RECIPES
 from apart_hf.strategies import METHODS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -27,7 +28,7 @@ def test_the_loop_runs():
 def test_every_train_command_parses():
     shell = "".join(blocks("bash")).splitlines()
     commands = [shlex.split(line) for line in shell if "scripts/train.py" in line]
-    assert len(commands) == 4
+    assert len(commands) == 7
     for command in commands:
         parse_arguments(command[command.index("scripts/train.py") + 1:])
 
@@ -47,6 +48,12 @@ def test_the_table_of_methods():
         documented = {key: float(value) for key, value in re.findall(r"`(\w+)` \(([\d.]+)\)", cell)}
         numbers = {k: v for k, v in METHODS[name].hyper_parameters().items() if not isinstance(v, bool)}
         assert documented == numbers
+
+
+def test_every_recipe_is_described():
+    stems = re.findall(r"`((?:cifar|tiny|imagenet)[a-z0-9-]*-(?:wrn40|preact18|resnet18))`", README)
+    assert {name.rsplit(method, 1)[0] for name, method in
+            ((n, f"-{s['method']}") for n, s in RECIPES.items())} == set(stems)
 
 
 def test_every_dataset_is_named():

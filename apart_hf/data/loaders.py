@@ -22,7 +22,7 @@ class LoaderSettings:
 
     Args:
         images: timm's description of the images, see `data_config`.
-        batch_size: of one process.
+        batch_size, eval_batch_size: of one process.
         loader: "memory": images are decoded once; "workers": at every use; "auto": memory where that gives the same.
         workers: loader processes, of the second kind.
         seed: of order and augmentation.
@@ -32,6 +32,7 @@ class LoaderSettings:
 
     images: dict[str, Any]
     batch_size: int
+    eval_batch_size: int
     loader: str
     workers: int
     seed: int
@@ -103,4 +104,5 @@ def _from_workers(data: ImageData, settings: LoaderSettings) -> tuple[DataLoader
 
 def _loader(dataset, training: bool, settings: LoaderSettings, **more: Any) -> DataLoader:
     order = {"shuffle": True, "drop_last": True, "generator": torch.Generator().manual_seed(settings.seed)}
-    return DataLoader(dataset, batch_size=settings.batch_size, **(order if training else {}), **more)
+    size = settings.batch_size if training else settings.eval_batch_size
+    return DataLoader(dataset, batch_size=size, **(order if training else {}), **more)

@@ -86,7 +86,7 @@ class InMemoryImages(torch.utils.data.Dataset):
             decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
         # four bytes a pixel are gathered as one integer
         self.pixels = decoded.contiguous().view(torch.int32).squeeze(-1).to(device)
-        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64).to(device)
+        self.labels = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)
         self.mean, self.std = (torch.tensor(tuple(v), device=device).view(1, 3, 1, 1) for v in (mean, std))
         self.steps = torch.arange(self.edge, device=device)
 

@@ -56,6 +56,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "cifar100": DatasetSpec("uoft-cs/cifar100", target_key="fine_label", **_CIFAR),
     "tiny-imagenet": DatasetSpec("zh-plus/tiny-imagenet", None, "train", "valid", "image", "label"),
     "imagenet": DatasetSpec("ILSVRC/imagenet-1k", None, "train", "validation", "image", "label"),
+    "imagenet-wds": DatasetSpec("timm/imagenet-1k-wds", None, "train", "validation", "jpg", "cls"),
     "imagenette": DatasetSpec("frgfm/imagenette", "320px", "train", "validation", "image", "label"),
 }
 
