@@ -153,6 +153,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):  # NaN is refused too
                 raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ApartError(f"ratio={self.ratio}: N/M, the share of the batch in the second pass, is in (0, 1].")
         if self.budget is not None and not 0 < self.budget < float("inf"):
             raise ApartError(f"--budget {self.budget}: must be a finite number above 0.")
         if self.clip_grad == 0:
@@ -219,4 +221,16 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
     flags = vars(parser.parse_args(arguments))
     file = read_config(flags["config"], options) if flags.get("config") else {}
     name = flags.get("recipe", file.get("recipe"))
-    return TrainConfig(**(recipe(name) if name else {}) | file | flags)
+    if "recipe" in file and file["recipe"] != name:
+        raise ApartError(f"--recipe {name}: {flags['config']} is of recipe {file['recipe']}; leave one of them out.")
+    return TrainConfig(**_layered(recipe(name) if name else {}, file, flags))
+
+
+def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers go before earlier ones; another method takes no hyper-parameters from the layers below it."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if layer.get("method", merged.get("method")) != merged.get("method"):
+            merged = {key: value for key, value in merged.items() if key not in HYPER_PARAMETERS}
+        merged |= layer
+    return merged

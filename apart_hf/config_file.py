@@ -17,6 +17,9 @@ NOT_SETTINGS = ("config", "print_config")  # flags that say what to do with the 
 def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, Any]:
     """The settings in a YAML file of `key: value` lines, checked against `options`; null stands for "not given".
 
+    All but the name of the run that wrote it, so that the file repeats the run under a name of its own. `recipe` stays
+    where it is null: the settings are of no recipe.
+
     Raises: ApartError where the file cannot be read, or a key or the type of a value is wrong.
     """
     try:
@@ -34,7 +37,9 @@ def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, An
     for key in found:
         if key not in known:
             raise unknown_name(f"key in {path}", str(key), known)
-    return {key: _converted(path, known[key], value) for key, value in found.items() if value is not None}
+    given = {key: _converted(path, known[key], value) for key, value in found.items() if value is not None}
+    given.pop("experiment", None)
+    return given | ({"recipe": None} if "recipe" in found and found["recipe"] is None else {})
 
 
 def write_config(settings: dict[str, Any]) -> str:
@@ -69,4 +74,7 @@ def _one(kind: type, value: Any) -> Any:
         raise TypeError
     if kind is int and isinstance(value, float):
         raise TypeError
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ValueError from error

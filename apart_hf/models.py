@@ -65,6 +65,7 @@ class PreActResNet(nn.Module):
         self.num_features = self.head_hidden_size = widths[-1]
         self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_width) if stem_norm else None
+        self.act1 = nn.ReLU(inplace=True) if stem_norm else None  # a module, for timm's feature extraction
         in_chs, self.feature_info = stem_width, []
         for stage, out_chs in enumerate(widths, start=1):
             layers = []
@@ -89,7 +90,7 @@ class PreActResNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        return {"stem": r"^conv1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -107,7 +108,7 @@ class PreActResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         if self.bn1 is not None:
-            x = F.relu(self.bn1(x), inplace=True)
+            x = self.act1(self.bn1(x))
         for info in self.feature_info:
             stage = getattr(self, info["module"])
             x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)

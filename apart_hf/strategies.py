@@ -6,7 +6,7 @@ method is a name for a list of perturbations and for whether the clean gradient 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,18 +95,27 @@ def create_strategy(
 
     Raises: ApartError (a ValueError) for an unknown method or hyper-parameter, or a value out of range.
     """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
+    known = check_hyper_parameters(name, hyper)
     _refuse_sharded(model)
     method = METHODS[name]
-    known = method.hyper_parameters()
+    return TwoPassStrategy(
+        name, method, model, known | hyper, accelerator=accelerator, generator=generator, autocast=autocast
+    )
+
+
+def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
+    """The hyper-parameters of the method `name` with their defaults.
+
+    Raises: ApartError where there is no such method, or it lacks one that is named in `hyper`.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    known = METHODS[name].hyper_parameters()
     for key in hyper:
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ApartError(f"method {name!r} has no hyper-parameter {key!r}; {has}.")
-    return TwoPassStrategy(
-        name, method, model, known | hyper, accelerator=accelerator, generator=generator, autocast=autocast
-    )
+    return known
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -269,4 +278,6 @@ def _detached(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         items = [_detached(item) for item in output]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, Mapping):
+        return {key: _detached(value) for key, value in output.items()}
     return output

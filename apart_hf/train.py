@@ -38,7 +38,7 @@ from apart_hf.models import is_registered_here
 from apart_hf.recipes import budgeted
 from apart_hf.run_folder import RunFolder
 from apart_hf.runtime import cores, use_threads
-from apart_hf.strategies import METHODS, create_strategy
+from apart_hf.strategies import METHODS, check_hyper_parameters, create_strategy
 from apart_hf.trainer import Trainer
 
 
@@ -86,10 +86,13 @@ def train(config: TrainConfig) -> Path:
     ))
     config = dataclasses.replace(config, loader=loader)
     # weight decay on every parameter, BN and biases included, as in the paper
-    optimizer = create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-        filter_bias_and_bn=False,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            filter_bias_and_bn=False,
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ApartError(f"cannot create optimizer {config.opt!r}: {_first_line(error)}.") from error
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     if ema is not None:
         ema.module.to(accelerator.device)
@@ -125,8 +128,11 @@ def train(config: TrainConfig) -> Path:
     try:
         for metrics in trainer.fit(config.epochs, config.max_steps):
             run.add(metrics, trainer.evaluated)
-    except Exception:
+    except Exception as error:
         run.discard_if_empty()
+        if "Expected more than 1 value per channel" in str(error):  # torch's, in a plain pass
+            raise ApartError(f"a BatchNorm layer has one value per channel in a batch ({_first_line(error)}); use a "
+                             "larger --batch-size or --img-size.") from error
         raise
     accelerator.end_training()
     ours = "import apart_hf and " if is_registered_here(accelerator.unwrap_model(model)) else ""
@@ -144,6 +150,9 @@ def check_names(config: TrainConfig) -> None:
         raise unknown_name("model", config.model, timm.list_models())
     if config.opt not in list_optimizers():
         raise unknown_name("optimizer", config.opt, list_optimizers())
+    if config.opt == "adahessian":
+        raise ApartError("--opt adahessian needs second derivatives, which the two passes do not give; choose another.")
+    check_hyper_parameters(config.method, config.hyper_parameters())
     for tracker in config.report_to or ():
         if tracker not in [known.value for known in LoggerType]:
             raise unknown_name("tracker", tracker, [known.value for known in LoggerType])
@@ -194,6 +203,11 @@ def settle(config: TrainConfig) -> TrainConfig:
     if config.budget is not None:
         passes = 1 + (config.ratio or 1.0) / config.every if method.perturbations else 1.0
         epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
+    if config.sched == "multistep" and any(m > epochs for m in milestones or ()):
+        raise ApartError(
+            f"--decay-milestones {' '.join(map(str, milestones))} lie beyond --epochs {epochs}, and the learning "
+            "rate would not fall; name earlier ones, or shorten a recipe by --budget."
+        )
     if config.warmup_epochs >= epochs:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
     return dataclasses.replace(
@@ -207,7 +221,6 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
     """The config with every None that depends on the data or the machine decided."""
     return dataclasses.replace(
         config,
-        dataset=config.dataset_name,
         amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
         threads=threads,
         **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},

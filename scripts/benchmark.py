@@ -22,6 +22,7 @@ from torch import nn
 
 from apart_hf import create_strategy
 from apart_hf.runtime import versions
+from apart_hf.strategies import METHODS
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +62,7 @@ class Contender:
         run = torch.compile(self.model) if args.torchcompile else self.model
         self.strategy = create_strategy(
             method, run, autocast=dtype and (lambda: torch.autocast(device.type, dtype)),
-            **({"groups": args.groups} if "apart" in method else {}),
+            **({"groups": args.groups} if "groups" in METHODS[method].hyper_parameters() else {}),
         )
         self.seconds: list[float] = []
 
@@ -135,6 +136,8 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.profile and "," not in args.methods:
+        raise SystemExit("--profile compares two methods; name two with --methods.")
     contenders = {method: Contender(method, args) for method in args.methods.split(",")}
     for repeat in range(args.repeats + 2):
         for contender in contenders.values():

@@ -65,7 +65,8 @@ def main() -> None:
     spec = DatasetSpec("random", train_split="train", val_split="val", input_key="image", target_key="label")
     data = ImageData(images, images.select(range(128)), spec, [str(i) for i in range(10)], (width, height))
     kinds = {}
-    for loader in ("memory", "workers") if args.size <= SMALL else ("workers",):
+    in_memory = args.size <= SMALL and (width, height) == (args.size, args.size)
+    for loader in ("memory", "workers") if in_memory else ("workers",):
         images_as = IMAGENET | {"input_size": (3, args.size, args.size)}
         settings = LoaderSettings(images_as, 128, 128, loader, args.workers, 0, torch.device("cpu"), {})
         start = time.perf_counter()

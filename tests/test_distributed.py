@@ -150,6 +150,34 @@ def test_micro_batches_and_fifty_steps_on_two_ranks(tmp_path):
         assert not rank["attack"][exact == 0].any() and (rank["attack"].sign() != exact).double().mean() < 0.001
 
 
+class Branches(torch.nn.Module):
+    """Its second head is used for batches whose first pixel is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.heads = torch.nn.BatchNorm2d(3), torch.nn.ModuleList(torch.nn.Linear(3, 5) for _ in range(2))
+
+    def forward(self, x):
+        return self.heads[int(x[0, 0, 0, 0] > 0)](self.bn(x).square().mean((2, 3)))
+
+
+def branching_worker(rank, folder):
+    start(rank, folder)
+    torch.manual_seed(0)
+    model = Branches()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    images, targets = batch(8, 8, dtype=torch.float32)
+    images[0, 0, 0, 0] = 1.0 if rank else -1.0
+    create_strategy("sam", wrapped, global_norm=True).accumulate_gradients(images, targets, cross_entropy)
+    torch.save(gradients(model), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_parameters_that_one_rank_does_not_use(tmp_path):
+    ranks = on_two_ranks(branching_worker, tmp_path)
+    assert all(g.any() and torch.equal(g, ranks[1][n]) for n, g in ranks[0].items())
+
+
 def synchronised_worker(rank, folder, name, layout):
     start(rank, folder)
     model = convert_sync_batchnorm(build(name)).to(memory_format=layout)

@@ -1,5 +1,6 @@
 """Batches from memory are those of the per-image transforms: the same images, drawn with the same probabilities."""
 
+import io
 import itertools
 import json
 import time
@@ -83,15 +84,14 @@ def test_samples_of_a_batch_are_drawn_apart():
     assert len({image.numpy().tobytes() for image in dataset.__getitems__([0] * 64)[0]}) > 30
 
 
-def test_grey_palette_and_transparent_images_become_rgb():
-    image = noise(1)[0]
-    others = [image.convert(mode) for mode in ("L", "P", "RGBA", "CMYK", "LA")]
-    with_modes = column([i if i.mode != "CMYK" else i.convert("RGB") for i in others])  # PNG has no CMYK
-    pixels = decode(with_modes, "train", "image", 6)
-    for found, source in zip(pixels, others):
-        if source.mode != "CMYK":
-            assert np.array_equal(found[..., :3], np.asarray(source.convert("RGB")))
-    assert not pixels[..., 3].any()
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK"])
+def test_other_modes_become_rgb(mode):
+    file = io.BytesIO()
+    noise(1)[0].convert(mode).save(file, "JPEG" if mode == "CMYK" else "PNG")
+    found = decode(column([{"bytes": file.getvalue()}]), "train", "image", 6)[0]
+    with PIL.open(file) as source:
+        assert source.mode == mode and np.array_equal(found[..., :3], np.asarray(source.convert("RGB")))
+    assert not found[..., 3].any()
 
 
 def data_of(images, tmp_path):
@@ -126,6 +126,20 @@ def test_a_corrupt_image_is_named(tmp_path):
     bad = good.read_bytes()[:60]
     with pytest.raises(ApartError, match="image 2 of split 'train' cannot be decoded"):
         decode(column([{"bytes": good.read_bytes()}] * 2 + [{"bytes": bad}]), "train", "image", 6)
+
+
+@pytest.mark.parametrize("loader", ["memory", "workers"])
+def test_a_missing_image_is_named(loader, tmp_path):
+    data = data_of([*noise(2, 28), None, *noise(1, 28)], tmp_path)
+    with pytest.raises(ApartError, match="image 2 of split 'train' cannot be decoded"):
+        list(make_loaders(data, settings(loader, batch_size=4))[0])
+
+
+@pytest.mark.parametrize("loader", ["memory", "workers"])
+def test_evaluating_on_the_training_split_is_plain(loader):
+    _, val, _ = make_loaders(load_image_data("demo", val_split="train"), settings(loader))
+    labels = torch.cat([labels for _, labels in val])
+    assert labels.tolist() == load_image_data("demo").train["label"][:]
 
 
 def test_accelerate_shares_batches_and_epochs_advance():

@@ -32,7 +32,12 @@ def test_preact_resnet18_is_the_authors():
     assert model.head.fc.bias.any()
     features = timm.create_model("preact_resnet18", features_only=True)
     assert features.feature_info.channels() == [64, 128, 256, 512]
-    assert [f.shape[-1] for f in features(x)] == [32, 16, 8, 4]
+    features.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("head")})
+    with torch.no_grad():
+        found, stem = features.eval()(x), torch.relu(model.bn1(model.conv1(x)))
+        assert torch.equal(found[0], model.layer1(stem)) and torch.equal(found[-1], model.forward_features(x))
+    assert [f.shape[-1] for f in found] == [32, 16, 8, 4]
+    assert "bn1.weight" in timm.models.group_parameters(model, model.group_matcher())[0]
     model.reset_classifier(3)
     assert model(x).shape == (2, 3) and timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
 

@@ -77,14 +77,29 @@ def test_a_run_s_config_repeats_it(tmp_path, capsys):
     assert weights[0] == weights[1]
 
 
-def test_a_run_on_a_folder_can_be_repeated_from_its_config(tmp_path, capsys):
-    folder = tmp_path / "little"
+@pytest.mark.parametrize("named, folder", [(["--dataset", "cifar10"], "little"), ([], "cifar10")])
+def test_a_run_on_a_folder_repeats_too(named, folder, tmp_path, capsys):
+    """Also where the folder's name is that of a registered dataset, or its dataset was named."""
+    folder = tmp_path / folder
     folder.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}.parquet").write_bytes((ROOT / f"apart_hf/data/demo/{split}.parquet").read_bytes())
-    main([*FAST, "--data-dir", str(folder), "--output", str(tmp_path), "--experiment", "a"])
+    columns = ["--input-key", "image"]
+    main([*FAST, *named, *columns, "--data-dir", str(folder), "--output", str(tmp_path), "--experiment", "a"])
     main(["--config", str(tmp_path / "a/config.yaml"), "--experiment", "b"])
-    assert (tmp_path / "b/last/config.json").exists()
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a/last" / file).read_bytes() == (tmp_path / "b/last" / file).read_bytes()
+
+
+def test_another_method_takes_its_own_hyper_parameters(tmp_path, capsys):
+    assert printed(capsys, "--recipe", "cifar100-wrn40-sam", "--method", "apart-sam")["rho"] == 0.2
+    file = tmp_path / "run.yaml"
+    file.write_text("method: apart\nepsilon: 0.3\ngroups: 4\nrecipe: null\nexperiment: mine\n")
+    found = printed(capsys, "--config", str(file), "--method", "sam")
+    assert (found["epsilon"], found["groups"], found["rho"], found["experiment"]) == (None, None, 0.05, None)
+    assert printed(capsys, "--config", str(file))["epsilon"] == 0.3
+    with pytest.raises(ApartError, match="is of recipe None"):
+        parse_arguments(["--config", str(file), "--recipe", "cifar100-wrn40-sam"])
 
 
 @pytest.mark.parametrize("text, message", [

@@ -57,6 +57,20 @@ def test_returns_loss_and_output_of_the_clean_pass_detached(method, model, data)
     assert torch.equal(output, want_output) and torch.equal(loss, cross_entropy(want_output, data[1]))
 
 
+def test_outputs_by_name_are_detached(data):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build("test_byobnet", dtype=torch.float32)
+
+        def forward(self, x):
+            return {"logits": self.inner(x), "more": (self.inner(x),)}
+
+    strategy = create_strategy("apart", Named().train(), groups=2)
+    _, output = strategy.accumulate_gradients(*data, lambda output, targets: cross_entropy(output["logits"], targets))
+    assert not output["logits"].requires_grad and not output["more"][0].requires_grad
+
+
 @pytest.mark.parametrize("method", ["apart", "sam", "apart-sam"])
 def test_perturb_false_is_a_plain_step_in_one_pass(method, model, data):
     plain = copy.deepcopy(model)

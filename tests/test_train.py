@@ -139,7 +139,7 @@ def test_the_run_folder(tmp_path, small_data):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["batch_size"], config["weight_decay"], config["sched"]) == (16, 5e-4, "multistep")
     assert (config["epsilon"], config["groups"], config["val_split"], config["input_key"]) == (0.1, 2, "test", "image")
-    assert (config["dataset"], config["img_size"]) == ("little", 28)
+    assert (config["data_dir"], config["img_size"]) == (small_data, 28)
     assert config["num_classes"] == 10 and config["amp_dtype"] == "float32"
     exported = json.loads((folder / "last" / "config.json").read_text())
     assert exported["apart"]["dataset"] == "little" and exported["apart"]["epoch"] == 4

@@ -77,8 +77,7 @@ def _from_memory(data: ImageData, settings: LoaderSettings) -> tuple[DataLoader,
     edge, spec = settings.images["input_size"][-1], data.spec
     mean, std = settings.images["mean"], settings.images["std"]
     loaders = []
-    for split, name in ((data.train, spec.train_split), (data.val, spec.val_split)):
-        training = split is data.train
+    for split, name, training in ((data.train, spec.train_split, True), (data.val, spec.val_split, False)):
         decoded = decode(split, name, spec.input_key, edge, progress=f"decoding split {name}")
         dataset = InMemoryImages(
             decoded, labels_of(split, spec.target_key), mean, std, seed=settings.seed, device=settings.device,

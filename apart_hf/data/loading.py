@@ -77,7 +77,8 @@ def first_bad_image(data: Dataset, split: str, indices: list[int], error: Except
     """What to say of the first of `indices` that cannot be decoded, where a look-up of all of them raised `error`."""
     for index in indices:
         try:
-            data[index]
+            if any(value is None for value in data[index].values()):
+                return bad_image(split, index, ValueError("there is none"))
         except (OSError, ValueError) as found:
             return bad_image(split, index, found)
     return bad_image(split, indices[0], error)

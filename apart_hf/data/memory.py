@@ -46,6 +46,8 @@ def decode(data: Dataset, split: str, input_key: str, edge: int, progress: str |
         indices = list(range(start, min(start + _AT_ONCE, len(data))))
         try:
             column = images[indices][input_key]
+            if None in column:
+                raise ValueError("an image is missing")
         except (OSError, ValueError) as error:
             raise first_bad_image(images, split, indices, error) from error
         for index, image in zip(indices, column):

@@ -62,14 +62,14 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
-    """The spec of a registered name, or of a Hub id (`user/name`); of `folder`, where given, by that name or its own.
+    """The spec of a registered name, or of a Hub id (`user/name`); or of `folder`, under that name.
 
     Raises: ApartError for an unknown name.
     """
     if folder is not None:
         if name in DATASETS and name != "demo":  # demo is the default: it says nothing of the folder
             return replace(DATASETS[name], path=str(folder), config=None, local=True)
-        if name == "demo" or "/" in name or name == Path(folder).resolve().name:
+        if name == "demo" or "/" in name:
             return DatasetSpec(str(folder), local=True)
     elif name in DATASETS:
         return DATASETS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchvision import transforms as T
 from apart_hf.data.loading import first_bad_image
 from apart_hf.errors import ApartError
 
+_POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(m|n|p|w|t|d|b|mstd|mmax|inc)\d+(\.\d+)?)*")
 SMALL = 96  # pixels; up to here images are cropped from a padded original instead of being resized
 
 
@@ -52,6 +54,8 @@ def train_transform(
     Raises: ApartError for a policy that timm does not know.
     """
     size = config["input_size"][-1]
+    if aa is not None and not _POLICY.fullmatch(aa):  # timm passes over what it cannot read
+        raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.")
     try:
         crop, augment, to_tensor = create_transform(
             config["input_size"], is_training=True, color_jitter=color_jitter, auto_augment=aa, re_prob=reprob,
@@ -88,6 +92,8 @@ class TransformedImages(torch.utils.data.Dataset):
         """What a DataLoader asks for a whole batch; one look-up is several times faster than one a row."""
         try:
             rows = self.data[indices]
+            if None in rows[self.input_key]:
+                raise ValueError("an image is missing")
         except (OSError, ValueError) as error:
             raise first_bad_image(self.data, str(self.data.split), indices, error) from error
         return [

@@ -45,11 +45,14 @@ class Weights(Perturbation):
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:
         """Compute the step. A zero or non-finite gradient gives none."""
-        moved = [(name, p) for name, p in self._moved() if p.requires_grad and p.grad is not None]
+        self._steps = []
+        averages = self.global_norm and processes() > 1
+        # where gradients are averaged, every process needs the same list: a parameter may be unused on one of them
+        moved = [(name, p) for name, p in self._moved() if p.requires_grad and (averages or p.grad is not None)]
         if not moved:
             return
-        gradients = [p.grad for _, p in moved]
-        if self.global_norm and processes() > 1:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in moved]
+        if averages:
             gradients = _averaged(gradients)
         sizes = [self._size(name, p) for name, p in moved]
         scaled = [g if size is None else g * size for g, size in zip(gradients, sizes)]
