@@ -198,3 +198,17 @@ def test_sources_that_do_not_exist(tmp_path):
         load_image_data("cifar-100")
     with pytest.raises(ApartError, match=r"cannot load someone/nothing: .*--data-dir"):
         load_image_data("someone/nothing")
+
+
+def test_a_folder_of_a_registered_dataset_may_name_things_in_its_own_way(tmp_path):
+    """tiny-imagenet on the Hub calls its split valid, cifar10 its column img."""
+    data = load_image_data("demo")
+    for split in ("train", "validation"):
+        data.train.select(range(8)).to_parquet(str(tmp_path / f"{split}.parquet"))
+    for name in ("tiny-imagenet", "cifar10"):
+        found = load_image_data(name, str(tmp_path)).spec
+        assert (found.train_split, found.val_split) == ("train", "validation")
+        assert (found.input_key, found.target_key) == ("image", "label")
+    assert found.mean == (0.4914, 0.4822, 0.4465)
+    with pytest.raises(ApartError, match="no split 'valid'"):
+        load_image_data("tiny-imagenet", str(tmp_path), val_split="valid")

@@ -84,8 +84,7 @@ def test_a_run_on_a_folder_repeats_too(named, folder, tmp_path, capsys):
     folder.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}.parquet").write_bytes((ROOT / f"apart_hf/data/demo/{split}.parquet").read_bytes())
-    columns = ["--input-key", "image"]
-    main([*FAST, *named, *columns, "--data-dir", str(folder), "--output", str(tmp_path), "--experiment", "a"])
+    main([*FAST, *named, "--data-dir", str(folder), "--output", str(tmp_path), "--experiment", "a"])
     main(["--config", str(tmp_path / "a/config.yaml"), "--experiment", "b"])
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a/last" / file).read_bytes() == (tmp_path / "b/last" / file).read_bytes()

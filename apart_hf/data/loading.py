@@ -40,9 +40,9 @@ def load_image_data(
 ) -> ImageData:
     """Load a registered dataset, a Hub id, or the folder `data_dir` (parquet files, image folders, or save_to_disk).
 
-    A registered name beside a folder lends it columns, normalisation and transform. Splits and columns that are not
-    named are found: the split called train, the one called validation, valid, val or
-    test, the first Image column and the first ClassLabel (else integer `label`) column.
+    A registered name beside a folder lends it splits, columns, normalisation and transform, as far as the folder has
+    them. Splits and columns that are not named are found: the split called train, the one called validation, valid, val
+    or test, the first Image column and the first ClassLabel (else integer `label`) column.
 
     Raises: ApartError naming what exists where something does not, and the first bad label.
     """
@@ -50,6 +50,8 @@ def load_image_data(
     given = {key: value for key, value in named.items() if value is not None}
     spec = replace(find_dataset(dataset, data_dir), **given)
     splits = _load(spec)
+    if spec.local:
+        spec = _only_what_is_there(spec, splits, given)
     spec = replace(
         spec,
         train_split=_pick_split(splits, spec.train_split, TRAIN_NAMES, "--train-split"),
@@ -67,6 +69,15 @@ def load_image_data(
     except (OSError, ValueError) as error:
         raise bad_image(spec.train_split, 0, error) from error
     return ImageData(train, val, spec, names, size)
+
+
+def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str, str]) -> DatasetSpec:
+    """Without the registered names that a folder does not use, so that its own are found; `given` names stay."""
+    columns = {key for data in splits.values() for key in data.features}
+    there = {"train_split": splits, "val_split": splits, "input_key": columns, "target_key": columns}
+    return replace(spec, **{
+        key: None for key, names in there.items() if key not in given and getattr(spec, key) not in names
+    })
 
 
 def bad_image(split: str, index: int, error: Exception) -> ApartError:
