@@ -54,6 +54,10 @@ class Method:
         found |= self.defaults
         return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
 
+    def passes(self, ratio: float = 1.0, every: int = 1) -> float:
+        """Mean cost of a step in passes over the batch: 1 for a plain step, 1 + ratio for one with a second pass."""
+        return 1 + ratio / every if self.perturbations else 1.0
+
 
 METHODS: dict[str, Method] = {
     "standard": Method("one ordinary pass"),
@@ -152,8 +156,8 @@ class TwoPassStrategy:
 
     @property
     def passes(self) -> float:
-        """Cost of a step in passes over the batch: 1 for a plain step, 1 + N/M otherwise."""
-        return 1 + self.ratio if self.perturbations else 1.0
+        """Cost of a step with its second pass, see `Method.passes`."""
+        return self.method.passes(self.ratio)
 
     def second_pass_size(self, samples: int) -> int:
         """N for a batch of M `samples`, checked against every perturbation's needs."""

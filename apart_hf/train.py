@@ -112,7 +112,7 @@ def train(config: TrainConfig) -> Path:
     say(f"data: {len(data.train):,} training and {len(data.val):,} evaluation images, {len(data.class_names)} classes, "
         f"input {'x'.join(map(str, images['input_size']))}, loader: {config.loader}")
     say(f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
-        f"{1 + (strategy.passes - 1) / config.every:g} passes a step")
+        f"{strategy.method.passes(strategy.ratio, config.every):g} passes a step")
     say(f"run: {config.epochs} epochs of {len(train_loader)} steps, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {threads} thread(s) each -> {run.folder}")
 
@@ -201,7 +201,7 @@ def settle(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(config, **{k: v for k, v in usual.items() if getattr(config, k) is None})
     epochs, milestones = config.epochs, config.decay_milestones
     if config.budget is not None:
-        passes = 1 + (config.ratio or 1.0) / config.every if method.perturbations else 1.0
+        passes = method.passes(config.ratio or 1.0, config.every)
         epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
     if config.sched == "multistep" and any(m > epochs for m in milestones or ()):
         raise ApartError(
