@@ -1,17 +1,14 @@
-"""Every setting of a run: one dataclass, from which the command line is made."""
+"""Every setting of a run: one dataclass, from which the command line and the configuration file are made."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from apart_hf.config_file import read_config
-from apart_hf.data import DATASETS, LOADERS
+from apart_hf.data import DATASETS, LOADERS, ON_BAD_IMAGE
 from apart_hf.errors import ApartError
-from apart_hf.recipes import RECIPES, recipe
+from apart_hf.recipes import RECIPES
 from apart_hf.strategies import METHODS
 
 
@@ -35,6 +32,7 @@ def _text(default, group, help, **more):
     return _option(default, group, help, type=str, **more)
 
 
+EVAL_METRICS = ("top1", "top5", "eval_loss")
 HYPER_PARAMETERS = sorted({key for method in METHODS.values() for key in method.hyper_parameters()})
 _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
@@ -51,7 +49,15 @@ class TrainConfig:
     print_config: bool = _flag("settings", "print the resolved settings as YAML and exit; touches no data")
 
     model: str = _text("resnet18", "model", "any timm model, or wide_resnet40_2, preact_resnet18, ...", metavar="NAME")
+    model_kwargs: list[str] | None = _text(
+        None, "model", "further arguments of its constructor, for instance drop_block_rate=0.1", nargs="+",
+        metavar="KEY=VALUE",
+    )
     pretrained: bool = _flag("model", "start from timm's weights for it")
+    initial_checkpoint: str | None = _text(
+        None, "model", "start from the weights in this file (safetensors, or a state_dict that torch reads without "
+        "pickled code); a classifier of another size is left out", metavar="FILE"
+    )
     channels_last: bool = _flag("model", "keep activations in channels_last memory format")
     drop: float = _float(0.0, "model", "dropout before the classifier; drawn anew in the second pass")
     drop_path: float = _float(0.0, "model", "stochastic depth; drawn anew in the second pass")
@@ -82,10 +88,27 @@ class TrainConfig:
     )
     train_split: str | None = _text(None, "data", "split to train on [found]", metavar="NAME")
     val_split: str | None = _text(None, "data", "split to evaluate on [found]", metavar="NAME")
+    val_fraction: float | None = _float(
+        None, "data", "keep this share of each class of the training split for the evaluation after every epoch; "
+        "--val-split is looked at once, at the end [off]"
+    )
+    streaming: bool = _flag("data", "read images as they come, without a copy on disk")
+    shuffle_buffer: int = _int(2048, "data", "images that a loader process shuffles, with --streaming")
+    train_num_samples: int | None = _int(None, "data", "images in the training split, with --streaming [found]")
+    on_bad_image: str = _text(
+        "error", "data", "what to do with an image that cannot be decoded; skip: train on another one, evaluate "
+        "without it, and count it", choices=ON_BAD_IMAGE,
+    )
     input_key: str | None = _text(None, "data", "column of the images [found]", metavar="NAME")
     target_key: str | None = _text(None, "data", "column of the class indices [found]", metavar="NAME")
     num_classes: int | None = _int(None, "data", "checked against the data [found]")
+    class_map: str | None = _text(
+        None, "data", "file of class names, one a line, in the order of their indices [the data's]", metavar="FILE"
+    )
     img_size: int | None = _int(None, "data", "input edge in pixels [small images: their own; else: the model's]")
+    input_size: list[int] | None = _option(
+        None, "data", "the same as timm writes it: 3 224 224", type=int, nargs=3, metavar="N"
+    )
     loader: str = _text(
         "auto", "data", "memory: small images are decoded once and augmented by the batch; workers: one by one, by "
         "loader processes; auto: memory where it gives the same", choices=LOADERS,
@@ -113,6 +136,11 @@ class TrainConfig:
     grad_accum_steps: int = _int(1, "optimisation", "batches whose mean gradient makes one step")
     opt: str = _text("momentum", "optimisation", "timm optimizer; momentum is SGD without Nesterov", metavar="NAME")
     lr: float | None = _float(None, "optimisation", "learning rate [0.1; demo: 0.05]")
+    lr_base: float | None = _float(
+        None, "optimisation", "learning rate for --lr-base-size images a step; --lr becomes it in proportion"
+    )
+    lr_base_size: int = _int(256, "optimisation", "images a step that --lr-base is meant for")
+    lr_base_scale: str = _text("linear", "optimisation", "how --lr grows with the batch", choices=("linear", "sqrt"))
     momentum: float = _float(0.9, "optimisation", "SGD momentum")
     weight_decay: float | None = _float(None, "optimisation", "on all parameters [0.0005, the paper's; demo: 0.005]")
     sched: str | None = _text(
@@ -128,15 +156,18 @@ class TrainConfig:
     clip_grad: float | None = _float(None, "optimisation", "largest norm of the combined gradient [off]")
 
     seed: int = _int(0, "run", "of weights, data order, augmentation and the second pass")
+    amp: bool = _flag("run", "16-bit forwards: bfloat16, unless --amp-dtype says otherwise")
     amp_dtype: str | None = _text(
         None, "run", "arithmetic of the forwards [as configured for accelerate: float32]",
         choices=("float32", "bfloat16", "float16"),
     )
+    eval_metric: str = _text("top1", "run", "what best/ is chosen by", choices=EVAL_METRICS)
     expect_processes: int | None = _int(None, "run", "fail unless so many processes were started")
     threads: int | None = _int(None, "run", "CPU threads a process [OMP_NUM_THREADS, or all cores]")
     output: str = _text("output", "run", "folder of all runs", metavar="DIR")
     experiment: str | None = _text(None, "run", "folder of this run in it [DATASET-MODEL-METHOD]", metavar="NAME")
     log_interval: int = _int(50, "run", "steps between lines where there is no terminal for a progress bar")
+    log_wandb: bool = _flag("run", "the same as --report-to wandb")
     report_to: list[str] | None = _text(
         None, "run", "trackers of accelerate: tensorboard, wandb, trackio, ... [none]", nargs="+", metavar="NAME"
     )
@@ -147,7 +178,8 @@ class TrainConfig:
             "clip_grad": 0, "mixup": 0, "smoothing": 0, "workers": 0, "threads": 1, "img_size": 1, "log_interval": 1,
             "seed": 0, "cutmix": 0, "color_jitter": 0, "reprob": 0, "drop": 0, "drop_path": 0, "every": 1,
             "grad_accum_steps": 1, "expect_processes": 1, "model_ema_decay": 0,
-            "min_lr": 0, "warmup_lr": 0, "validation_batch_size": 1,
+            "min_lr": 0, "warmup_lr": 0, "validation_batch_size": 1, "shuffle_buffer": 1, "train_num_samples": 1,
+            "lr_base": 0, "lr_base_size": 1,
         }
         for name, least in limits.items():
             value = getattr(self, name)
@@ -168,6 +200,18 @@ class TrainConfig:
                 raise ApartError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be below 1 ({common} is common)."
                 )
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ApartError(f"--val-fraction {self.val_fraction}: a share between 0 and 1 (0.1 is common).")
+        if self.val_fraction is not None and self.streaming:
+            raise ApartError("--val-fraction needs the whole training split, which a stream is not; drop one flag.")
+        if self.input_size is not None:
+            channels, height, width = self.input_size
+            if channels != 3 or height != width or self.img_size not in (None, height):
+                size = " ".join(map(str, self.input_size))
+                raise ApartError(f"--input-size {size}: images here are square RGB, 3 N N, with N as in --img-size.")
+        for pair in self.model_kwargs or ():
+            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
+                raise ApartError(f"--model-kwargs {pair!r}: needs KEY=VALUE, for instance drop_block_rate=0.1.")
         if self.aa is not None and self.color_jitter:
             raise ApartError("--aa and --color-jitter exclude each other in timm; leave one of them out.")
         if self.reprob > 1:
@@ -186,51 +230,3 @@ class TrainConfig:
         """Those of the method that were given."""
         values = {key: getattr(self, key) for key in HYPER_PARAMETERS}
         return {key: value for key, value in values.items() if value is not None and value is not False}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = None) -> TrainConfig:
-    """The command line as a `TrainConfig`: flags before the file of --config before --recipe before defaults.
-
-    Exits with code 2 and one line where the command line cannot be read.
-
-    Raises: ApartError for a value out of range, or a file or recipe that is not there.
-    """
-    parser = _Parser(
-        prog=prog, description="Train any timm BatchNorm model with APART, SAM, both, or plainly.",
-        epilog="Defaults in [] depend on other settings.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-    )
-    groups: dict[str, Any] = {}
-    options = dataclasses.fields(TrainConfig)
-    for option in options:
-        title = option.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        arguments_of = dict(option.metadata["arguments"])
-        flags = (f"--{option.name.replace('_', '-')}", *arguments_of.pop("flags", ()))
-        help = option.metadata["help"].replace("%", "%%")
-        if option.default is False:
-            arguments_of["action"] = argparse.BooleanOptionalAction
-        elif option.default is not None:
-            help += f" [{option.default}]"
-        groups[title].add_argument(*flags, dest=option.name, help=help, **arguments_of)
-    flags = vars(parser.parse_args(arguments))
-    file = read_config(flags["config"], options) if flags.get("config") else {}
-    name = flags.get("recipe", file.get("recipe"))
-    if "recipe" in file and file["recipe"] != name:
-        raise ApartError(f"--recipe {name}: {flags['config']} is of recipe {file['recipe']}; leave one of them out.")
-    return TrainConfig(**_layered(recipe(name) if name else {}, file, flags))
-
-
-def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers go before earlier ones; another method takes no hyper-parameters from the layers below it."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        if layer.get("method", merged.get("method")) != merged.get("method"):
-            merged = {key: value for key, value in merged.items() if key not in HYPER_PARAMETERS}
-        merged |= layer
-    return merged

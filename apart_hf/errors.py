@@ -13,6 +13,12 @@ class ApartError(ValueError):
     """
 
 
+def one_line(error: ApartError) -> str:
+    """Its message; that of an error in a loader process comes with a traceback, of which it is the last line."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{ApartError.__module__}.{type(error).__name__}: ")
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ApartError:
     """An error for a misspelt name, suggesting the closest of `known`, or listing them where they are few."""
     known = sorted(known)

@@ -1,4 +1,4 @@
-"""What a run leaves: OUTPUT/EXPERIMENT/ with config.yaml, metrics.jsonl, best/, last/ and plots/."""
+"""What a run leaves: OUTPUT/EXPERIMENT/ with config.yaml, metrics.jsonl, best/, last/, plots/ and test.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
+from safetensors.torch import load_file
 from torch import nn
 
 from apart_hf.config import TrainConfig
@@ -19,6 +20,7 @@ from apart_hf.errors import ApartError
 from apart_hf.hub import export_folder
 from apart_hf.plots import plot_training
 from apart_hf.runtime import versions
+from apart_hf.trainer import Trainer
 
 
 class RunFolder:
@@ -64,12 +66,17 @@ class RunFolder:
             f"eval loss {metrics['eval_loss']:.3f}, top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % | "
             f"{metrics['images_per_second']:.0f} images/s, {metrics['seconds']:.1f} s, lr {metrics['lr']:g}", flush=True
         )
+        if metrics.get("train_skipped") or metrics.get("eval_skipped"):
+            self.accelerator.print(
+                f"epoch {metrics['epoch']}: images that cannot be decoded: {metrics['train_skipped']} passed over in "
+                f"training, {metrics['eval_skipped']} left out of the evaluation", flush=True
+            )
         if not self.accelerator.is_main_process:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        is_best = metrics["top1"] >= max(line["top1"] for line in self.history)
+        is_best = self._best() is metrics
         for name in ("last", "best") if is_best else ("last",):
             export_folder(
                 plain, self.folder / name, data_config=self.images, label_names=self.data.class_names,
@@ -78,6 +85,31 @@ class RunFolder:
             )
         title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
         plot_training(self.history, self.folder / "plots" / "training.png", title)
+
+    def test(self, trainer: Trainer, loader: Any) -> dict[str, float]:
+        """Evaluate last/ and best/ on the test split, once, and write `test.json`. Returns the result of last/."""
+        results = {"split": self.data.test.name}
+        results["last"] = {"epoch": self.history[-1]["epoch"], **trainer.evaluate(loader)}
+        network = self.accelerator.unwrap_model(trainer.evaluated, keep_torch_compile=False)
+        if self.accelerator.is_main_process:
+            network.load_state_dict(load_file(self.folder / "best" / "model.safetensors"))
+        for tensor in network.state_dict().values():  # other machines need not see the folder
+            tensor.copy_(broadcast(tensor, from_process=0))
+        results["best"] = {"epoch": self._best()["epoch"], **trainer.evaluate(loader)}
+        for name in ("last", "best"):
+            found = results[name]
+            self.accelerator.print(
+                f"test: split {self.data.test.name!r}, {name} (epoch {found['epoch']}): loss {found['eval_loss']:.3f}, "
+                f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
+            )
+        if self.accelerator.is_main_process:
+            (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
+        return results["last"]
+
+    def _best(self) -> dict[str, float]:
+        """The metrics of the best epoch, the later of equals."""
+        metric, sign = self.config.eval_metric, -1 if self.config.eval_metric == "eval_loss" else 1
+        return max(reversed(self.history), key=lambda line: sign * line[metric])
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that was refused before its first epoch ended."""

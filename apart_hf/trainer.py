@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, tqdm
+from accelerate.utils import broadcast, gather, pad_across_processes, tqdm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from apart_hf.data import IGNORED
 from apart_hf.errors import ApartError
 from apart_hf.metrics import K, TopKAccuracy
 
@@ -35,6 +36,7 @@ class Trainer:
         every: the second pass is made in every so-manieth step; the others are plain steps.
         ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
+        skip_bad: the loaders pass over bad images; each epoch's metrics count them.
     """
 
     accelerator: Accelerator
@@ -50,6 +52,7 @@ class Trainer:
     every: int = 1
     ema: ModelEmaV3 | None = None
     log_interval: int = 50
+    skip_bad: bool = False
     steps: int = 0
 
     def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[dict[str, float]]:
@@ -61,7 +64,11 @@ class Trainer:
                 dataset.set_epoch(epoch)
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
             lr = self.optimizer.param_groups[0]["lr"]
-            yield {"epoch": epoch + 1, **trained, **self.evaluate(), "lr": lr}
+            metrics = {"epoch": epoch + 1, **trained, **self.evaluate(self.val_loader), "lr": lr}
+            if self.skip_bad:
+                metrics["train_skipped"] = self._skipped(self.train_loader)
+                metrics["eval_skipped"] = self._skipped(self.val_loader)
+            yield metrics
             if max_steps is not None and self.steps >= max_steps:
                 return
 
@@ -135,23 +142,43 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent over the evaluation split."""
+    def evaluate(self, loader: Iterable) -> dict[str, float]:
+        """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent.
+
+        Args:
+            loader: batches of this process's share of the images; shares may differ in size. Rows of class `IGNORED`
+                are left out.
+        """
+        network = self.evaluated
         if self.accelerator.num_processes > 1:
             # running statistics differ by rank; those of rank 0 are exported, so they are what is measured
-            for buffer in self.evaluated.buffers():
+            for buffer in network.buffers():
                 buffer.copy_(broadcast(buffer, from_process=0))
-        self.evaluated.eval()
-        metric, losses = TopKAccuracy(keep_in_memory=True), []
-        for images, labels in self.val_loader:
+            # without DDP, which expects as many batches of every process
+            network = self.accelerator.unwrap_model(network, keep_torch_compile=False)
+        network.eval()
+        device = self.accelerator.device
+        best = [torch.empty(0, K, dtype=torch.int64, device=device)]
+        labels, losses = [torch.empty(0, dtype=torch.int64, device=device)], [torch.empty(0, device=device)]
+        for images, targets in loader:
             with self.accelerator.autocast():
-                output = self.evaluated(images).float()
-            loss = nn.functional.cross_entropy(output, labels, reduction="none")
-            best = output.topk(min(K, output.shape[-1])).indices
-            best, labels, loss = self.accelerator.gather_for_metrics((best, labels, loss))
-            metric.add_batch(predictions=best.cpu().numpy(), references=labels.cpu().numpy())
-            losses.append(loss)
-        if not losses:
-            raise ApartError("the evaluation split gave no batch; check --val-split.")
+                output = network(images).float()
+            losses.append(nn.functional.cross_entropy(output, targets, reduction="none", ignore_index=IGNORED))
+            first = output.topk(min(K, output.shape[-1])).indices
+            best.append(nn.functional.pad(first, (0, K - first.shape[-1]), value=IGNORED))
+            labels.append(targets)
+        best, labels, losses = (
+            gather(pad_across_processes(torch.cat(parts), pad_index=IGNORED)) for parts in (best, labels, losses)
+        )
+        seen = labels != IGNORED
+        if not seen.any():
+            raise ApartError("the evaluation split has no image that can be decoded; check --val-split.")
+        metric = TopKAccuracy(keep_in_memory=True)
+        metric.add_batch(predictions=best[seen].cpu().numpy(), references=labels[seen].cpu().numpy())
         result = metric.compute()
-        return {"eval_loss": torch.cat(losses).mean().item(), "top1": result["top1"], "top5": result["top5"]}
+        return {"eval_loss": losses[seen].mean().item(), "top1": result["top1"], "top5": result["top5"]}
+
+    def _skipped(self, loader: Any) -> int:
+        """Images of a loader that all processes have passed over since the last call."""
+        count = torch.tensor(loader.dataset.take_skipped(), device=self.accelerator.device)
+        return int(self.accelerator.reduce(count, "sum"))

@@ -17,10 +17,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 
-from apart_hf.data import DatasetSpec, ImageData, LoaderSettings, make_loaders
+from apart_hf.data import DatasetSpec, ImageData, Loaders, LoaderSettings, Split
 from apart_hf.data.transforms import SMALL
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875,
@@ -63,14 +64,17 @@ def main() -> None:
     width, height = args.source or ((args.size,) * 2 if args.size <= SMALL else (500, 375))
     images = make_images(args.images, width, height)
     spec = DatasetSpec("random", train_split="train", val_split="val", input_key="image", target_key="label")
-    data = ImageData(images, images.select(range(128)), spec, [str(i) for i in range(10)], (width, height))
+    train, val = (Split.of(part, name, "image", "label") for part, name in (
+        (images, "train"), (images.select(range(128)), "val"),
+    ))
+    data = ImageData(train, val, spec, [str(i) for i in range(10)], (width, height))
     kinds = {}
     in_memory = args.size <= SMALL and (width, height) == (args.size, args.size)
     for loader in ("memory", "workers") if in_memory else ("workers",):
         images_as = IMAGENET | {"input_size": (3, args.size, args.size)}
-        settings = LoaderSettings(images_as, 128, 128, loader, args.workers, 0, torch.device("cpu"), {})
+        settings = LoaderSettings(images_as, 128, 128, loader, args.workers)
         start = time.perf_counter()
-        train, _, _ = make_loaders(data, settings)
+        train = Loaders(data, settings, Accelerator(cpu=True)).train()
         if loader == "memory":
             print(f"decoding {args.images} images: {time.perf_counter() - start:.1f} s")
         kinds[loader] = (lambda train=train: train)

@@ -6,15 +6,27 @@ import os
 import subprocess
 from pathlib import Path
 
+import datasets
 import timm
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import apart_hf  # noqa: F401  registers models
+from apart_hf.data import DataSettings, load_image_data
+from apart_hf.data.registry import DEMO_DIR
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-steps", "2"]
+
+
+def load(dataset="demo", data_dir=None, **more):
+    return load_image_data(DataSettings(dataset, data_dir, **more))
+
+
+def demo_rows(split):
+    """The demo set as `datasets` gives it."""
+    return datasets.load_dataset("parquet", data_files=str(DEMO_DIR / f"{split}.parquet"), split="train")
 
 
 def run(*command, cwd="/", **env):

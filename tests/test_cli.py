@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from apart_hf.config import parse_arguments
+from apart_hf.command_line import parse_arguments
 from apart_hf.train import main
 from tests.helpers import FAST, ROOT, run
 

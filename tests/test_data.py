@@ -1,5 +1,7 @@
 """Datasets from every kind of source, and the errors a user meets."""
 
+import io
+
 import numpy as np
 import pytest
 import timm
@@ -8,8 +10,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from apart_hf import ApartError
-from apart_hf.data import data_config, load_image_data
-from apart_hf.data.transforms import TransformedImages, eval_transform, train_transform
+from apart_hf.data import data_config
+from apart_hf.data.images import rgb
+from apart_hf.data.mapped import TransformedImages
+from apart_hf.data.transforms import eval_transform, train_transform
+from tests.helpers import demo_rows, load
 
 
 def images(count, size=(20, 16), mode="RGB"):
@@ -35,32 +40,34 @@ def parquet(tmp_path):
 
 
 def test_the_bundled_data():
-    data = load_image_data("demo")
+    data = load("demo")
     assert (len(data.train), len(data.val)) == (6000, 1000)
     assert data.class_names[0] == "T-shirt/top" and data.image_size == (28, 28)
     for part, per_class in ((data.train, 600), (data.val, 100)):
-        assert np.bincount(part["label"][:]).tolist() == [per_class] * 10
+        assert np.bincount(part.labels()).tolist() == [per_class] * 10
 
 
 def test_no_image_is_in_both_splits():
-    data = load_image_data("demo")
-    pixels = [{image.tobytes() for image in part["image"]} for part in (data.train, data.val)]
+    data = load("demo")
+    pixels = [{rgb(cell).tobytes() for cell, _ in part.cells(range(len(part)))} for part in (data.train, data.val)]
     assert not pixels[0] & pixels[1]
 
 
 def test_grey_images_become_rgb_tensors():
-    data = load_image_data("demo")
+    data = load("demo")
     config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), data.image_size, mean=(0.286,) * 3)
-    image, label = TransformedImages(data.val, "image", "label", eval_transform(config))[0]
-    assert image.shape == (3, 28, 28) and torch.equal(image[0], image[0]) and isinstance(label, int)
-    assert data.val[0]["image"].mode == "L"
+    image, label = TransformedImages(data.val, eval_transform(config))[0]
+    assert image.shape == (3, 28, 28) and isinstance(label, int)
+    (cell, _), = data.val.cells([0])
+    assert PILImage.open(io.BytesIO(cell["bytes"])).mode == "L"
 
 
 def test_the_evaluation_transform_leaves_small_images_alone():
-    data = load_image_data("demo")
+    data = load("demo")
     config = data_config({"input_size": (3, 224, 224)}, data.image_size, mean=(0.25,) * 3, std=(0.5,) * 3)
-    tensor = eval_transform(config)(data.val[0]["image"].convert("RGB"))
-    pixels = torch.from_numpy(np.array(data.val[0]["image"]))
+    image = rgb(data.val.cells([0])[0][0])
+    tensor = eval_transform(config)(image)
+    pixels = torch.from_numpy(np.array(image)[..., 0])
     assert torch.allclose(tensor[0], (pixels / 255 - 0.25) / 0.5)
 
 
@@ -109,13 +116,13 @@ def test_a_corrupt_image_is_named(tmp_path, position):
             image.save(tmp_path / part / f"{i}.png")
     (tmp_path / "train" / "cat" / f"{position}.png").write_bytes(b"no image")
     with pytest.raises(ApartError, match=f"image {position} of split 'train' cannot be decoded"):
-        data = load_image_data(data_dir=str(tmp_path))
-        TransformedImages(data.train, "image", "label", lambda image: image).__getitems__([1, 2, 3])
+        data = load(data_dir=str(tmp_path))
+        TransformedImages(data.train, lambda image: image).__getitems__([1, 2, 3])
 
 
 def test_a_name_beside_a_folder_lends_its_settings(parquet):
     part = split(column="img", label="fine_label")
-    data = load_image_data("cifar100", parquet(train=part, test=part))
+    data = load("cifar100", parquet(train=part, test=part))
     assert data.spec.mean == (0.4914, 0.4822, 0.4465) and data.class_names == ["cat", "dog"]
 
 
@@ -127,14 +134,14 @@ def test_img_size_resizes():
 
 def test_parquet_folder_with_other_names(parquet):
     folder = parquet(train=split(column="img", label="fine_label"), test=split(column="img", label="fine_label"))
-    data = load_image_data(data_dir=folder)
+    data = load(data_dir=folder)
     assert (data.spec.input_key, data.spec.target_key, data.spec.val_split) == ("img", "fine_label", "test")
     assert data.class_names == ["cat", "dog"] and data.image_size == (20, 16)
 
 
 def test_integer_labels_without_names(parquet):
     parts = {"train": split(names=(), labels=[0, 2, 1, 1, 0, 2]), "test": split(names=(), labels=[1] * 6)}
-    data = load_image_data(data_dir=parquet(**parts))
+    data = load(data_dir=parquet(**parts))
     assert data.class_names == ["0", "1", "2"]
 
 
@@ -144,14 +151,14 @@ def test_image_folder(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             for i, image in enumerate(images(3)):
                 image.save(tmp_path / part / name / f"{i}.png")
-    data = load_image_data(data_dir=str(tmp_path))
+    data = load(data_dir=str(tmp_path))
     assert data.class_names == ["cat", "dog"] and len(data.train) == len(data.val) == 6
-    assert sorted(data.train["label"][:]) == [0, 0, 0, 1, 1, 1]
+    assert sorted(data.train.labels()) == [0, 0, 0, 1, 1, 1]
 
 
 def test_saved_to_disk(tmp_path):
     DatasetDict(train=split(), validation=split(4)).save_to_disk(str(tmp_path / "saved"))
-    data = load_image_data(data_dir=str(tmp_path / "saved"))
+    data = load(data_dir=str(tmp_path / "saved"))
     assert (len(data.train), len(data.val), data.spec.val_split) == (6, 4, "validation")
 
 
@@ -165,7 +172,7 @@ def test_saved_to_disk(tmp_path):
 def test_names_that_do_not_exist(parquet, arguments, message):
     folder = parquet(train=split(), test=split())
     with pytest.raises(ApartError, match=message):
-        load_image_data(data_dir=folder, **arguments)
+        load(data_dir=folder, **arguments)
 
 
 @pytest.mark.parametrize("splits, message", [
@@ -177,38 +184,37 @@ def test_names_that_do_not_exist(parquet, arguments, message):
 ])
 def test_data_that_cannot_be_trained_on(parquet, splits, message):
     with pytest.raises(ApartError, match=message) as error:
-        load_image_data(data_dir=parquet(**splits))
+        load(data_dir=parquet(**splits))
     assert "\n" not in str(error.value)
 
 
 def test_classes_that_differ_between_the_splits(tmp_path):
     DatasetDict(train=split(), test=split(names=("dog", "cat"))).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ApartError, match="another order"):
-        load_image_data(data_dir=str(tmp_path / "saved"))
+        load(data_dir=str(tmp_path / "saved"))
 
 
 def test_sources_that_do_not_exist(tmp_path):
     with pytest.raises(ApartError, match="does not exist"):
-        load_image_data(data_dir=str(tmp_path / "nowhere"))
+        load(data_dir=str(tmp_path / "nowhere"))
     with pytest.raises(ApartError, match="data/nowhere does not exist"):
-        load_image_data(data_dir="data/nowhere")  # a folder is never taken for a Hub id
+        load(data_dir="data/nowhere")  # a folder is never taken for a Hub id
     with pytest.raises(ApartError, match=r"cannot load .*; it needs parquet files"):
-        load_image_data(data_dir=str(tmp_path))
+        load(data_dir=str(tmp_path))
     with pytest.raises(ApartError, match="unknown dataset 'cifar-100': did you mean 'cifar100'"):
-        load_image_data("cifar-100")
+        load("cifar-100")
     with pytest.raises(ApartError, match=r"cannot load someone/nothing: .*--data-dir"):
-        load_image_data("someone/nothing")
+        load("someone/nothing")
 
 
 def test_a_folder_of_a_registered_dataset_may_name_things_in_its_own_way(tmp_path):
     """tiny-imagenet on the Hub calls its split valid, cifar10 its column img."""
-    data = load_image_data("demo")
     for split in ("train", "validation"):
-        data.train.select(range(8)).to_parquet(str(tmp_path / f"{split}.parquet"))
+        demo_rows("train").select(range(8)).to_parquet(str(tmp_path / f"{split}.parquet"))
     for name in ("tiny-imagenet", "cifar10"):
-        found = load_image_data(name, str(tmp_path)).spec
+        found = load(name, str(tmp_path)).spec
         assert (found.train_split, found.val_split) == ("train", "validation")
         assert (found.input_key, found.target_key) == ("image", "label")
     assert found.mean == (0.4914, 0.4822, 0.4465)
     with pytest.raises(ApartError, match="no split 'valid'"):
-        load_image_data("tiny-imagenet", str(tmp_path), val_split="valid")
+        load("tiny-imagenet", str(tmp_path), val_split="valid")

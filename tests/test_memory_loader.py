@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 from torchvision import transforms as T
 
 from apart_hf import ApartError
 from apart_hf.config import TrainConfig
-from apart_hf.data import LoaderSettings, load_image_data, make_loaders
+from apart_hf.data import Loaders, LoaderSettings, Split
 from apart_hf.data.memory import InMemoryImages, decode
 from apart_hf.train import train
+from tests.helpers import load
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 CONFIG = {"input_size": (3, 28, 28), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic",
@@ -26,12 +27,19 @@ CONFIG = {"input_size": (3, 28, 28), "mean": MEAN, "std": STD, "crop_pct": 1.0, 
 
 def settings(loader="auto", **more):
     values = {"images": CONFIG, "batch_size": 40, "eval_batch_size": 40, "workers": 0, "seed": 0,
-              "device": torch.device("cpu"), "augmentation": {"aa": None, "color_jitter": 0.0, "reprob": 0.0}}
+              "augmentation": {"aa": None, "color_jitter": 0.0, "reprob": 0.0}}
     return LoaderSettings(**values | {"loader": loader} | more)
 
 
+def make_loaders(data, settings):
+    loaders = Loaders(data, settings, Accelerator(cpu=True))
+    return loaders.train(), loaders.evaluation(data.val), loaders.kind
+
+
 def column(images):
-    return Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+    rows = Dataset.from_dict({"image": images, "label": [i % 10 for i in range(len(images))]}, features=features)
+    return Split.of(rows, "train", "image", "label")
 
 
 def noise(count, edge=6):
@@ -40,7 +48,7 @@ def noise(count, edge=6):
 
 
 def test_evaluation_batches_are_the_per_image_ones_bit_for_bit():
-    data = load_image_data("demo")
+    data = load()
     (_, memory, kind), (_, workers, other) = (make_loaders(data, settings(loader)) for loader in ("auto", "workers"))
     assert (kind, other) == ("memory", "workers") and len(memory) == len(workers) == 25
     for (a, x), (b, y) in zip(memory, workers):
@@ -50,7 +58,7 @@ def test_evaluation_batches_are_the_per_image_ones_bit_for_bit():
 def test_every_crop_and_flip_has_its_probability():
     """Each drawn image is one of the 2 x 25 that crop and flip can give, and all of them are equally frequent."""
     image, padding, draws = noise(1)[0], 2, 50 * 200
-    dataset = InMemoryImages(decode(column([image]), "train", "image", 6), [3], MEAN, STD, padding=padding, flip=True)
+    dataset = InMemoryImages(decode(column([image]), 6)[0], [3], MEAN, STD, padding=padding, flip=True)
     padded = T.Pad(padding)(image)
     finish = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
     possible = {}
@@ -69,7 +77,7 @@ def test_every_crop_and_flip_has_its_probability():
 
 
 def test_any_batch_can_be_drawn_again():
-    dataset = InMemoryImages(decode(column(noise(8)), "train", "image", 6), range(8), MEAN, STD, padding=4, flip=True,
+    dataset = InMemoryImages(decode(column(noise(8)), 6)[0], range(8), MEAN, STD, padding=4, flip=True,
                              seed=3)
     first = dataset.__getitems__([5, 0, 2])
     dataset.__getitems__([1, 3])
@@ -80,7 +88,7 @@ def test_any_batch_can_be_drawn_again():
 
 
 def test_samples_of_a_batch_are_drawn_apart():
-    dataset = InMemoryImages(decode(column(noise(1)), "train", "image", 6), [0], MEAN, STD, padding=4, flip=True)
+    dataset = InMemoryImages(decode(column(noise(1)), 6)[0], [0], MEAN, STD, padding=4, flip=True)
     assert len({image.numpy().tobytes() for image in dataset.__getitems__([0] * 64)[0]}) > 30
 
 
@@ -88,35 +96,35 @@ def test_samples_of_a_batch_are_drawn_apart():
 def test_other_modes_become_rgb(mode):
     file = io.BytesIO()
     noise(1)[0].convert(mode).save(file, "JPEG" if mode == "CMYK" else "PNG")
-    found = decode(column([{"bytes": file.getvalue()}]), "train", "image", 6)[0]
+    found = decode(column([{"bytes": file.getvalue()}]), 6)[0][0]
     with PIL.open(file) as source:
         assert source.mode == mode and np.array_equal(found[..., :3], np.asarray(source.convert("RGB")))
     assert not found[..., 3].any()
 
 
 def data_of(images, tmp_path):
-    features = Features({"image": Image(), "label": load_image_data("demo").train.features["label"]})
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
     for split in ("train", "test"):
         rows = {"image": images, "label": [i % 10 for i in range(len(images))]}
         Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}.parquet"))
-    return load_image_data(data_dir=str(tmp_path))
+    return load(data_dir=str(tmp_path))
 
 
 def test_images_of_several_sizes_go_to_the_workers(tmp_path):
     data = data_of([*noise(3, 28), *noise(1, 30)], tmp_path)
-    assert make_loaders(data, settings())[2] == "workers"
+    assert make_loaders(data, settings(batch_size=4))[2] == "workers"
     with pytest.raises(ApartError, match="image 3 of split 'train' has 30x30 pixels, others 28x28"):
-        make_loaders(data, settings("memory"))
+        make_loaders(data, settings("memory", batch_size=4))
 
 
 def test_what_works_on_single_images_goes_to_the_workers(tmp_path):
     data = data_of(noise(4, 28), tmp_path)
-    augmented = settings(augmentation={"aa": None, "color_jitter": 0.0, "reprob": 0.25})
-    assert make_loaders(data, settings())[2] == "memory" and make_loaders(data, augmented)[2] == "workers"
+    augmented = settings(augmentation={"aa": None, "color_jitter": 0.0, "reprob": 0.25}, batch_size=4)
+    assert make_loaders(data, settings(batch_size=4))[2] == "memory" and make_loaders(data, augmented)[2] == "workers"
     with pytest.raises(ApartError, match="--loader memory: --reprob works on single images"):
         make_loaders(data, settings("memory", augmentation=augmented.augmentation))
     large = settings("memory", images=CONFIG | {"input_size": (3, 224, 224)})
-    with pytest.raises(ApartError, match=r"28x28 pixels are not small squares of the network's input size \(224x224\)"):
+    with pytest.raises(ApartError, match=r"28x28 pixels are no small squares of the network's input size \(224x224\)"):
         make_loaders(data, large)
 
 
@@ -125,7 +133,7 @@ def test_a_corrupt_image_is_named(tmp_path):
     noise(1)[0].save(good)
     bad = good.read_bytes()[:60]
     with pytest.raises(ApartError, match="image 2 of split 'train' cannot be decoded"):
-        decode(column([{"bytes": good.read_bytes()}] * 2 + [{"bytes": bad}]), "train", "image", 6)
+        decode(column([{"bytes": good.read_bytes()}] * 2 + [{"bytes": bad}]), 6)
 
 
 @pytest.mark.parametrize("loader", ["memory", "workers"])
@@ -137,15 +145,14 @@ def test_a_missing_image_is_named(loader, tmp_path):
 
 @pytest.mark.parametrize("loader", ["memory", "workers"])
 def test_evaluating_on_the_training_split_is_plain(loader):
-    _, val, _ = make_loaders(load_image_data("demo", val_split="train"), settings(loader))
+    _, val, _ = make_loaders(load(val_split="train"), settings(loader))
     labels = torch.cat([labels for _, labels in val])
-    assert labels.tolist() == load_image_data("demo").train["label"][:]
+    assert labels.tolist() == load().train.labels().tolist()
 
 
 def test_accelerate_shares_batches_and_epochs_advance():
-    data = load_image_data("demo")
-    loader, _, _ = make_loaders(data, settings())
-    prepared = Accelerator(cpu=True).prepare(loader)
+    data = load()
+    prepared, _, _ = make_loaders(data, settings())
     epochs = []
     for epoch in range(2):
         prepared.set_epoch(epoch)

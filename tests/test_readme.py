@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apart_hf.config import parse_arguments
+from apart_hf.command_line import parse_arguments
 from apart_hf.data import DATASETS
 from apart_hf.recipes import RECIPES
 from apart_hf.strategies import METHODS

@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from apart_hf import ApartError
-from apart_hf.config import TrainConfig, parse_arguments
+from apart_hf.command_line import parse_arguments
+from apart_hf.config import TrainConfig
 from apart_hf.recipes import RECIPES
-from apart_hf.train import main, settle
+from apart_hf.resolve import settle
+from apart_hf.train import main
 from tests.helpers import FAST, ROOT
 
 

@@ -16,13 +16,12 @@ from torch import nn
 
 from apart_hf import create_strategy
 from apart_hf.config import TrainConfig
-from apart_hf.data import load_image_data
 from apart_hf.hub import export_folder
 from apart_hf.metrics import TopKAccuracy
 from apart_hf.runtime import cores
 from apart_hf.train import train
 from apart_hf.trainer import Trainer
-from tests.helpers import FAST, ROOT, assert_same, batch, build, run
+from tests.helpers import FAST, ROOT, assert_same, batch, build, demo_rows, run
 
 RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots"}
 
@@ -34,10 +33,10 @@ def lines(folder):
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
     """64 training and 40 test images of the demo set as a parquet folder."""
-    folder, data = tmp_path_factory.mktemp("data") / "little", load_image_data("demo")
+    folder = tmp_path_factory.mktemp("data") / "little"
     folder.mkdir()
-    data.train.select(range(64)).to_parquet(str(folder / "train.parquet"))
-    data.val.select(range(40)).to_parquet(str(folder / "test.parquet"))
+    for name, rows in (("train", 64), ("test", 40)):
+        demo_rows(name).select(range(rows)).to_parquet(str(folder / f"{name}.parquet"))
     return str(folder)
 
 
@@ -218,7 +217,7 @@ def test_evaluation_counts_every_image_once():
     model = Recorder()
     one = trainer(model, rows=10)  # batches of 4, 4 and 2
     images, labels = batch(10, 8, dtype=torch.float32)
-    found = one.evaluate()
+    found = one.evaluate(one.val_loader)
     with torch.no_grad():
         output = model.eval()(images)
     assert found["eval_loss"] == pytest.approx(nn.functional.cross_entropy(output, labels).item(), rel=1e-6)

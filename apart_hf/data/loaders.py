@@ -1,16 +1,22 @@
-"""DataLoaders for the two splits: batches from memory for small images, worker processes for the others."""
+"""DataLoaders for the splits: batches from memory for small images, loader processes for others, or a stream."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
+from torch.utils.data import DataLoader, Dataset
 
-from apart_hf.data.loading import ImageData, labels_of
+from apart_hf.data.loading import ImageData
+from apart_hf.data.mapped import TransformedImages
 from apart_hf.data.memory import InMemoryImages, OtherSize, decode, fits_in_memory
-from apart_hf.data.transforms import SMALL, TransformedImages, eval_transform, train_transform
+from apart_hf.data.splits import Split
+from apart_hf.data.streaming import StreamedImages
+from apart_hf.data.transforms import SMALL, eval_transform, train_transform
 from apart_hf.errors import ApartError
 
 LOADERS = ("auto", "memory", "workers")
@@ -24,84 +30,149 @@ class LoaderSettings:
         images: timm's description of the images, see `data_config`.
         batch_size, eval_batch_size: of one process.
         loader: "memory": images are decoded once; "workers": at every use; "auto": memory where that gives the same.
-        workers: loader processes, of the second kind.
+        workers: loader processes, of the second kind and of streams.
         seed: of order and augmentation.
-        device: where batches from memory are made.
         augmentation: arguments of `train_transform`: aa, color_jitter, reprob.
+        skip_bad: pass over images that cannot be decoded.
+        shuffle_buffer: images of a stream that each loader process shuffles among themselves.
     """
 
     images: dict[str, Any]
     batch_size: int
     eval_batch_size: int
-    loader: str
-    workers: int
-    seed: int
-    device: torch.device
-    augmentation: dict[str, Any]
+    loader: str = "auto"
+    workers: int = 0
+    seed: int = 0
+    augmentation: dict[str, Any] = None
+    skip_bad: bool = False
+    shuffle_buffer: int = 2048
 
 
-def make_loaders(data: ImageData, settings: LoaderSettings) -> tuple[DataLoader, DataLoader, str]:
-    """Loaders of the training and the evaluation split, and which kind they are: "memory" or "workers".
+class Loaders:
+    """Makes the loaders of a run, one a split, for one process of an `accelerator`.
 
-    Raises: ApartError where "memory" is asked for and cannot be had, or an image cannot be decoded.
+    A training loader has full batches only, as many on every process. An evaluation loader has this process's own
+    share, so that every image comes once: shares may differ by a batch. Rows of class `IGNORED` stand for no image.
+
+    Args:
+        data: the splits.
+        settings: how.
+        accelerator: places batches on its device.
+
+    Raises: ApartError where "memory" is asked for and cannot be had, or the data have less than one step.
     """
-    kind, reason = settings.loader, _no_memory(data, settings)
-    if kind == "memory" and reason:
-        raise ApartError(f"--loader memory: {reason}; use --loader workers.")
-    if kind == "auto":
-        kind = "workers" if reason else "memory"
-    if kind == "memory":
-        try:
-            return *_from_memory(data, settings), kind
-        except OtherSize:
-            if settings.loader == "memory":
-                raise
-    return *_from_workers(data, settings), "workers"
 
+    def __init__(self, data: ImageData, settings: LoaderSettings, accelerator: Accelerator):
+        self.data, self.settings, self.accelerator = data, settings, accelerator
+        reason, self.kind = self._no_memory(), settings.loader
+        if self.kind == "memory" and reason:
+            raise ApartError(f"--loader memory: {reason}; use --loader workers.")
+        if self.kind == "auto":
+            self.kind = "workers" if reason else "memory"
+        self._check_size(data.train.size, "")
 
-def _no_memory(data: ImageData, settings: LoaderSettings) -> str | None:
-    """Why the images cannot be kept in memory; None: they can."""
-    edge, images = settings.images["input_size"][-1], len(data.train) + len(data.val)
-    if data.image_size != (edge, edge) or edge > SMALL:
-        width, height = data.image_size
-        return f"images of {width}x{height} pixels are not small squares of the network's input size ({edge}x{edge})"
-    used = [f"--{name.replace('_', '-')}" for name, value in settings.augmentation.items() if value]
-    if used:
-        return f"{', '.join(used)} works on single images"
-    if settings.loader == "auto" and not fits_in_memory(images, edge, data.spec.padding):
-        return f"{images} images are too many to keep unasked"
-    return None
-
-
-def _from_memory(data: ImageData, settings: LoaderSettings) -> tuple[DataLoader, DataLoader]:
-    edge, spec = settings.images["input_size"][-1], data.spec
-    mean, std = settings.images["mean"], settings.images["std"]
-    loaders = []
-    for split, name, training in ((data.train, spec.train_split, True), (data.val, spec.val_split, False)):
-        decoded = decode(split, name, spec.input_key, edge, progress=f"decoding split {name}")
-        dataset = InMemoryImages(
-            decoded, labels_of(split, spec.target_key), mean, std, seed=settings.seed, device=settings.device,
-            **({"padding": spec.padding, "flip": True} if training else {}),
+    def train(self) -> DataLoaderShard:
+        """Shuffled, augmented batches of (images, class indices)."""
+        if self.data.train.streamed:
+            return self._stream(self.data.train, training=True)
+        dataset = self._dataset(self.data.train, training=True)
+        self._check_size(len(dataset), " that can be decoded")
+        order = torch.Generator().manual_seed(self.settings.seed)
+        loader = DataLoader(
+            dataset, self.settings.batch_size, shuffle=True, drop_last=True, generator=order, **self._arguments(dataset)
         )
-        loaders.append(_loader(dataset, training, settings, collate_fn=InMemoryImages.collate))
-    return tuple(loaders)
+        return self.accelerator.prepare(loader)
 
+    def evaluation(self, split: Split) -> DataLoaderShard:
+        """Plain batches of this process's share of a split, in its order."""
+        if split.streamed:
+            return self._stream(split, training=False)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        share = split if processes == 1 else split.part(np.arange(process, len(split), processes))
+        dataset = self._dataset(share, training=False)
+        return DataLoaderShard(
+            dataset, self.accelerator.device, batch_size=self.settings.eval_batch_size, **self._arguments(dataset)
+        )
 
-def _from_workers(data: ImageData, settings: LoaderSettings) -> tuple[DataLoader, DataLoader]:
-    keys = (data.spec.input_key, data.spec.target_key)
-    augmented = train_transform(settings.images, data.image_size, data.spec.padding, **settings.augmentation)
-    plain = eval_transform(settings.images)
-    common = {
-        "num_workers": settings.workers, "persistent_workers": settings.workers > 0,
-        "pin_memory": settings.device.type == "cuda",
-    }
-    return (
-        _loader(TransformedImages(data.train, *keys, augmented), True, settings, **common),
-        _loader(TransformedImages(data.val, *keys, plain), False, settings, **common),
-    )
+    def _check_size(self, images: int, which: str) -> None:
+        processes = self.accelerator.num_processes
+        needed = self.settings.batch_size * processes
+        if images < needed:
+            raise ApartError(
+                f"split {self.data.train.name!r} has {images} images{which}, fewer than one step of {needed} "
+                f"(--batch-size {self.settings.batch_size} x {processes} process(es)); use a smaller batch."
+            )
 
+    def _no_memory(self) -> str | None:
+        """Why the images cannot be kept in memory; None: they can."""
+        if self.data.train.streamed:
+            return "a stream is not kept"
+        edge, images = self.settings.images["input_size"][-1], len(self.data.train) + len(self.data.val)
+        if self.data.image_size != (edge, edge) or edge > SMALL:
+            width, height = self.data.image_size
+            return f"images of {width}x{height} pixels are no small squares of the network's input size ({edge}x{edge})"
+        used = [f"--{name.replace('_', '-')}" for name, value in (self.settings.augmentation or {}).items() if value]
+        if used:
+            return f"{', '.join(used)} works on single images"
+        if self.settings.loader == "auto" and not fits_in_memory(images, edge, self.data.spec.padding):
+            return f"{images} images are too many to keep unasked"
+        return None
 
-def _loader(dataset, training: bool, settings: LoaderSettings, **more: Any) -> DataLoader:
-    order = {"shuffle": True, "drop_last": True, "generator": torch.Generator().manual_seed(settings.seed)}
-    size = settings.batch_size if training else settings.eval_batch_size
-    return DataLoader(dataset, batch_size=size, **(order if training else {}), **more)
+    def _dataset(self, split: Split, training: bool) -> Dataset:
+        if self.kind == "memory":
+            try:
+                return self._from_memory(split, training)
+            except OtherSize:
+                if self.settings.loader == "memory":
+                    raise
+                self.kind = "workers" if training else self.kind
+        return TransformedImages(
+            split, self._transform(training), training=training, seed=self.settings.seed,
+            skip_bad=self.settings.skip_bad, workers=self.settings.workers,
+        )
+
+    def _from_memory(self, split: Split, training: bool) -> InMemoryImages:
+        decoded, good = decode(split, self.settings.images["input_size"][-1], skip_bad=self.settings.skip_bad,
+                               progress=f"decoding split {split.name}")
+        labels, skipped = split.labels(), int((~good).sum())
+        if skipped:
+            decoded, labels = decoded[good], labels[good.numpy()]
+        if training and not self.accelerator.is_main_process:
+            skipped = 0  # every process decodes all of them, and one reports
+        return InMemoryImages(
+            decoded, labels, self.settings.images["mean"], self.settings.images["std"], seed=self.settings.seed,
+            device=self.accelerator.device, skipped=skipped,
+            **({"padding": self.data.spec.padding, "flip": True} if training else {}),
+        )
+
+    def _transform(self, training: bool):
+        if not training:
+            return eval_transform(self.settings.images)
+        return train_transform(self.settings.images, self.data.image_size, self.data.spec.padding,
+                               **self.settings.augmentation or {})
+
+    def _arguments(self, dataset: Dataset) -> dict[str, Any]:
+        if isinstance(dataset, InMemoryImages):
+            return {"collate_fn": InMemoryImages.collate}
+        return self._processes(self.settings.workers)
+
+    def _processes(self, workers: int) -> dict[str, Any]:
+        return {
+            "num_workers": workers, "persistent_workers": workers > 0,
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
+
+    def _stream(self, split: Split, training: bool) -> DataLoaderShard:
+        settings, processes = self.settings, self.accelerator.num_processes
+        size = settings.batch_size if training else settings.eval_batch_size
+        shards = split.data.num_shards
+        workers = min(settings.workers, shards // processes if shards % processes == 0 else shards)  # one part each
+        dataset = StreamedImages(
+            split, self._transform(training), classes=len(self.data.class_names), workers=workers,
+            process=self.accelerator.process_index, processes=processes, seed=settings.seed,
+            batches=len(split) // (size * processes) if training else None, batch_size=size,
+            buffer=settings.shuffle_buffer, skip_bad=settings.skip_bad,
+        )
+        return DataLoaderShard(
+            dataset, self.accelerator.device, batch_size=size, drop_last=training, **self._processes(workers)
+        )

@@ -1,15 +1,17 @@
-"""From a dataset name or a folder to two splits of (image, class index), checked before training starts."""
+"""From a dataset name or a folder to splits of (image, class index), checked before training starts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 
-from apart_hf.data.registry import DatasetSpec, find_dataset
+from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset
+from apart_hf.data.sources import open_splits
+from apart_hf.data.splits import Split, stratified
 from apart_hf.errors import ApartError
 
 TRAIN_NAMES = ("train", "training")
@@ -17,28 +19,66 @@ VAL_NAMES = ("validation", "valid", "val", "eval", "test")
 
 
 @dataclass(frozen=True)
-class ImageData:
-    """Two splits of an image classification dataset.
+class DataSettings:
+    """What to load, and which part of it for what.
 
     Args:
-        train, val: map-style `datasets.Dataset`s.
+        dataset: a registered name or a Hub id.
+        data_dir: a folder instead.
+        train_split, val_split, input_key, target_key: names; None: found, see `load_image_data`.
+        num_classes: to be checked against the data.
+        class_map: file of class names, one a line, in the order of the class indices.
+        val_fraction: share of the training split that is kept for validation; None: `val_split` is.
+        seed: of that share.
+        streaming: read images as they come.
+        train_num_samples: images in the training split, of a stream that does not tell.
+        skip_bad: images that cannot be decoded are no error.
+    """
+
+    dataset: str = "demo"
+    data_dir: str | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    num_classes: int | None = None
+    class_map: str | None = None
+    val_fraction: float | None = None
+    seed: int = 0
+    streaming: bool = False
+    train_num_samples: int | None = None
+    skip_bad: bool = False
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Names that were given."""
+        names = {key: getattr(self, key) for key in ("train_split", "val_split", "input_key", "target_key")}
+        return {key: name for key, name in names.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The splits of an image classification dataset.
+
+    Args:
+        train: what is trained on.
+        val: what is evaluated after every epoch, and picks the best one.
         spec: with every name resolved.
         class_names: by class index.
         image_size: (width, height) in pixels of the first training image.
+        test: what is looked at once, at the end, where `val` is a part of the training split.
     """
 
-    train: Dataset
-    val: Dataset
+    train: Split
+    val: Split
     spec: DatasetSpec
     class_names: list[str]
     image_size: tuple[int, int]
+    test: Split | None = field(default=None)
 
 
-def load_image_data(
-    dataset: str = "demo", data_dir: str | None = None, *, train_split: str | None = None, val_split: str | None = None,
-    input_key: str | None = None, target_key: str | None = None, num_classes: int | None = None,
-) -> ImageData:
-    """Load a registered dataset, a Hub id, or the folder `data_dir` (parquet files, image folders, or save_to_disk).
+def load_image_data(settings: DataSettings = DataSettings()) -> ImageData:
+    """Load a registered dataset, a Hub id, or a folder (parquet files, image folders, or save_to_disk).
 
     A registered name beside a folder lends it splits, columns, normalisation and transform, as far as the folder has
     them. Splits and columns that are not named are found: the split called train, the one called validation, valid, val
@@ -46,29 +86,32 @@ def load_image_data(
 
     Raises: ApartError naming what exists where something does not, and the first bad label.
     """
-    named = {"train_split": train_split, "val_split": val_split, "input_key": input_key, "target_key": target_key}
-    given = {key: value for key, value in named.items() if value is not None}
-    spec = replace(find_dataset(dataset, data_dir), **given)
-    splits = _load(spec)
+    spec = replace(find_dataset(settings.dataset, settings.data_dir), **settings.named)
+    splits = open_splits(spec, settings.streaming)
     if spec.local:
-        spec = _only_what_is_there(spec, splits, given)
-    spec = replace(
-        spec,
-        train_split=_pick_split(splits, spec.train_split, TRAIN_NAMES, "--train-split"),
-        val_split=_pick_split(splits, spec.val_split, VAL_NAMES, "--val-split"),
-    )
-    train, val = splits[spec.train_split], splits[spec.val_split]
-    spec = replace(spec, input_key=_input_key(train, spec), target_key=_target_key(train, spec))
-    names = _class_names(train, spec)
-    for split, data in ((spec.train_split, train), (spec.val_split, val)):
-        _check_split(data, split, spec, names)
-    if num_classes is not None and num_classes != len(names):
-        raise ApartError(f"--num-classes {num_classes}, but {spec.path} has {len(names)} classes; leave the flag out.")
-    try:
-        size = train[0][spec.input_key].size
-    except (OSError, ValueError) as error:
-        raise bad_image(spec.train_split, 0, error) from error
-    return ImageData(train, val, spec, names, size)
+        spec = _only_what_is_there(spec, splits, settings.named)
+    spec = replace(spec, train_split=_pick_split(splits, spec.train_split, TRAIN_NAMES, "--train-split"))
+    if settings.val_fraction is None or spec.val_split is not None or set(VAL_NAMES) & set(splits):
+        spec = replace(spec, val_split=_pick_split(splits, spec.val_split, VAL_NAMES, "--val-split"))
+    data = splits[spec.train_split]
+    spec = replace(spec, input_key=_input_key(data, spec), target_key=_target_key(data, spec))
+    names = _class_names(data, spec, settings)
+    if settings.num_classes is not None and settings.num_classes != len(names):
+        raise ApartError(
+            f"--num-classes {settings.num_classes}, but {spec.path} has {len(names)} classes; leave the flag out."
+        )
+    parts = {
+        name: _checked(splits[name], name, spec, names, settings)
+        for name in dict.fromkeys((spec.train_split, spec.val_split)) if name is not None
+    }
+    train, held_out = parts[spec.train_split], parts.get(spec.val_split)
+    val, test = held_out, None
+    if settings.val_fraction is not None:
+        if spec.val_split == spec.train_split:
+            raise ApartError(f"--val-fraction: {spec.train_split!r} is both --train-split and --val-split; drop one.")
+        rest, part = stratified(train.labels(), settings.val_fraction, settings.seed)
+        train, val, test = train.part(rest), train.part(part), held_out
+    return ImageData(train, val, spec, names, train.image_size(settings.skip_bad), test)
 
 
 def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str, str]) -> DatasetSpec:
@@ -80,49 +123,14 @@ def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str,
     })
 
 
-def bad_image(split: str, index: int, error: Exception) -> ApartError:
-    return ApartError(f"image {index} of split {split!r} cannot be decoded ({error}); replace or remove it.")
-
-
-def first_bad_image(data: Dataset, split: str, indices: list[int], error: Exception) -> ApartError:
-    """What to say of the first of `indices` that cannot be decoded, where a look-up of all of them raised `error`."""
-    for index in indices:
-        try:
-            if any(value is None for value in data[index].values()):
-                return bad_image(split, index, ValueError("there is none"))
-        except (OSError, ValueError) as found:
-            return bad_image(split, index, found)
-    return bad_image(split, indices[0], error)
-
-
-def _load(spec: DatasetSpec) -> DatasetDict:
-    folder = Path(spec.path)
-    if spec.local and not folder.is_dir():
-        raise ApartError(f"--data-dir {spec.path} does not exist, or is no folder.")
-    try:
-        if not spec.local:
-            return datasets.load_dataset(spec.path, spec.config)
-        if (folder / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(folder))
-        kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
-        return datasets.load_dataset(kind, data_dir=str(folder))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        # one line of a message that is often a page long
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        cure = (
-            "it needs parquet files, one folder of images a class, or a save_to_disk folder." if spec.local else
-            "check the name and the connection, log in (hf auth login) where it is gated, or use --data-dir."
-        )
-        raise ApartError(f"cannot load {spec.path}: {reason.rstrip('.')}; {cure}") from error
-
-
 def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], flag: str) -> str:
     candidates = [named] if named is not None else usual
     for name in candidates:
         if name in splits:
             return name
     wanted = f"no split {named!r}" if named is not None else f"no split called {' or '.join(usual)}"
-    raise ApartError(f"{wanted}: the splits are {', '.join(splits)}; name one with {flag}.")
+    part = ", or keep a part of the training split: --val-fraction 0.1" if flag == "--val-split" else ""
+    raise ApartError(f"{wanted}: the splits are {', '.join(splits)}; name one with {flag}{part}.")
 
 
 def _column(data: Dataset, named: str | None, flag: str, fits, kind: str) -> str:
@@ -152,39 +160,86 @@ def _target_key(data: Dataset, spec: DatasetSpec) -> str:
     return _column(data, spec.target_key, "--target-key", is_label, "class label")
 
 
-def _class_names(data: Dataset, spec: DatasetSpec) -> list[str]:
-    feature = data.features[spec.target_key]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    return [str(i) for i in range(int(np.max(_labels(data, spec), initial=-1)) + 1)]
+def _class_names(data: Dataset, spec: DatasetSpec, settings: DataSettings) -> list[str]:
+    """By class index: of --class-map, of the data, or else the numbers up to the largest label."""
+    feature, expected = data.features[spec.target_key], None if spec.local else spec.num_classes
+    found = list(feature.names) if isinstance(feature, ClassLabel) else None
+    if settings.class_map is not None:
+        names = _read_class_map(settings.class_map)
+        if found is not None and (strange := sorted(set(found) ^ set(names))):
+            raise ApartError(
+                f"--class-map {settings.class_map}: {len(strange)} names are not in both the file and the data, the "
+                f"first is {strange[0]!r}; it needs every class of the data once."
+            )
+        return names
+    if found is None and settings.streaming:
+        count = settings.num_classes or spec.num_classes
+        if count is None:
+            raise ApartError(f"{spec.path} names no classes, and a stream is not counted: give --num-classes.")
+        found = [str(i) for i in range(count)]
+    elif found is None:
+        labels = Split.of(data, spec.train_split, spec.input_key, spec.target_key).labels()
+        found = [str(i) for i in range(max(int(np.max(labels, initial=-1)) + 1, expected or 0))]
+    if expected not in (None, len(found)):
+        raise ApartError(f"{spec.path} should have {expected} classes, but has {len(found)}; is it another dataset?")
+    return found
 
 
-def _labels(data: Dataset, spec: DatasetSpec) -> np.ndarray:
-    return labels_of(data, spec.target_key)
+def _read_class_map(path: str) -> list[str]:
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ApartError(f"--class-map {path}: cannot be read ({reason}).") from error
+    if not names or len(set(names)) < len(names):
+        raise ApartError(f"--class-map {path}: needs class names, one a line, each once.")
+    return names
 
 
-def labels_of(data: Dataset, target_key: str) -> np.ndarray:
-    """The class indices (N,) of a split."""
-    table = data.select_columns([target_key]).with_format("arrow")[:]  # reads no image
-    return table[target_key].to_numpy()
-
-
-def _check_split(data: Dataset, split: str, spec: DatasetSpec, names: list[str]) -> None:
-    if not len(data):
-        raise ApartError(f"split {split!r} of {spec.path} is empty.")
+def _checked(data: Dataset, name: str, spec: DatasetSpec, names: list[str], settings: DataSettings) -> Split:
+    """The split with its labels in the order of `names`."""
     for key, flag in ((spec.input_key, "--input-key"), (spec.target_key, "--target-key")):
         if key not in data.features:
-            raise ApartError(f"split {split!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
+            raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
     feature = data.features[spec.target_key]
     if isinstance(feature, ClassLabel) and list(feature.names) != names:
-        raise ApartError(
-            f"split {split!r} has {len(feature.names)} classes and split {spec.train_split!r} {len(names)}, or in "
-            "another order; both splits need the same classes in the same order."
-        )
-    labels = _labels(data, spec)
+        if settings.class_map is None or set(feature.names) != set(names):
+            raise ApartError(
+                f"split {name!r} has {len(feature.names)} classes and split {spec.train_split!r} {len(names)}, or in "
+                "another order; both splits need the same classes in the same order."
+            )
+        data = data.align_labels_with_mapping({name: index for index, name in enumerate(names)}, spec.target_key)
+    if settings.streaming:
+        split = Split.of(data, name, spec.input_key, spec.target_key)
+        return replace(split, size=_stream_size(split, spec, settings))
+    split = Split.of(data, name, spec.input_key, spec.target_key)
+    if not len(split):
+        raise ApartError(f"split {name!r} of {spec.path} is empty.")
+    labels = split.labels()
     bad = np.flatnonzero(~((labels >= 0) & (labels < len(names))))
     if len(bad):
         raise ApartError(
-            f"split {split!r}: {len(bad)} labels are outside 0..{len(names) - 1}, the first at index {bad[0]} "
+            f"split {name!r}: {len(bad)} labels are outside 0..{len(names) - 1}, the first at index {bad[0]} "
             f"({labels[bad[0]]}); correct the labels, or choose a labelled split."
         )
+    return split
+
+
+def _stream_size(split: Split, spec: DatasetSpec, settings: DataSettings) -> int | None:
+    """Rows of a stream: as given, as its dataset says, as registered, or counted in a folder."""
+    is_train = split.name == spec.train_split
+    if is_train and settings.train_num_samples is not None:
+        return settings.train_num_samples
+    known = (split.data.info.splits or {}).get(split.name)
+    if known is not None and known.num_examples:
+        return known.num_examples
+    if not spec.local and settings.dataset in DATASETS:
+        return spec.train_size if is_train else spec.val_size
+    if spec.local:
+        return sum(1 for _ in split.data.select_columns([split.target_key]))
+    if not is_train:
+        return None
+    raise ApartError(
+        f"{spec.path} does not say how many images its stream has, which sets the length of an epoch; name the number: "
+        "--train-num-samples."
+    )

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from accelerate.utils import tqdm
-from datasets import Dataset
 from torch import Tensor
 
-from apart_hf.data.loading import first_bad_image
+from apart_hf.data.images import BadImage, bad_image, rgb
+from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
 
 LARGEST = 2**31  # bytes of decoded images that are kept in memory unasked
@@ -27,37 +27,37 @@ def fits_in_memory(images: int, edge: int, padding: int) -> bool:
     return 4 * images * (edge + 2 * padding) ** 2 <= LARGEST
 
 
-def decode(data: Dataset, split: str, input_key: str, edge: int, progress: str | None = None) -> Tensor:
-    """Every image as RGB: (N, edge, edge, 4) uint8, the fourth byte of a pixel zero.
+def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | None = None) -> tuple[Tensor, Tensor]:
+    """Every image as RGB, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero; and which were decoded, (N,) bool.
 
     Args:
-        data: the split, map-style.
-        split: its name, for messages.
-        input_key: column of the images.
+        split: not a stream.
         edge: width and height that every image has, in pixels.
+        skip_bad: leave what cannot be decoded black.
         progress: title of a progress bar; None: no bar.
 
-    Raises: ApartError naming the first image that cannot be decoded or has another size.
+    Raises: ApartError naming the first image that has another size or, unless `skip_bad`, cannot be decoded.
     """
-    decoded = torch.zeros(len(data), edge, edge, 4, dtype=torch.uint8)
-    images = data.select_columns([input_key])
-    for start in tqdm(range(0, len(data), _AT_ONCE), main_process_only=True, desc=progress, unit="k images",
+    decoded = torch.zeros(len(split), edge, edge, 4, dtype=torch.uint8)
+    good = torch.ones(len(split), dtype=torch.bool)
+    for start in tqdm(range(0, len(split), _AT_ONCE), main_process_only=True, desc=progress, unit="k images",
                       leave=False, disable=progress is None or not sys.stderr.isatty()):
-        indices = list(range(start, min(start + _AT_ONCE, len(data))))
-        try:
-            column = images[indices][input_key]
-            if None in column:
-                raise ValueError("an image is missing")
-        except (OSError, ValueError) as error:
-            raise first_bad_image(images, split, indices, error) from error
-        for index, image in zip(indices, column):
+        indices = list(range(start, min(start + _AT_ONCE, len(split))))
+        for index, (encoded, _) in zip(indices, split.cells(indices)):
+            try:
+                image = rgb(encoded)
+            except BadImage as error:
+                if not skip_bad:
+                    raise bad_image(split.place(index), error) from error
+                good[index] = False
+                continue
             if image.size != (edge, edge):
                 raise OtherSize(
-                    f"image {index} of split {split!r} has {image.size[0]}x{image.size[1]} pixels, others "
-                    f"{edge}x{edge}; use --loader workers, which resizes."
+                    f"{split.place(index)} has {image.size[0]}x{image.size[1]} pixels, others {edge}x{edge}; use "
+                    "--loader workers, which resizes."
                 )
-            decoded[index, ..., :3] = torch.from_numpy(np.array(image.convert("RGB")))
-    return decoded
+            decoded[index, ..., :3] = torch.from_numpy(np.array(image))
+    return decoded, good
 
 
 class InMemoryImages(torch.utils.data.Dataset):
@@ -77,12 +77,14 @@ class InMemoryImages(torch.utils.data.Dataset):
         flip: whether to flip every second image, at random.
         seed: of what is drawn.
         device: where batches are made.
+        skipped: images that were left out, for `take_skipped`.
     """
 
     def __init__(
         self, decoded: Tensor, labels: np.ndarray, mean: Iterable[float], std: Iterable[float], *, padding: int = 0,
-        flip: bool = False, seed: int = 0, device: torch.device | str = "cpu",
+        flip: bool = False, seed: int = 0, device: torch.device | str = "cpu", skipped: int = 0,
     ):
+        self._skipped = skipped
         self.edge, self.padding, self.flip, self.seed, self.epoch = decoded.shape[1], padding, flip, seed, 0
         if padding:
             decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
@@ -94,6 +96,10 @@ class InMemoryImages(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take_skipped(self) -> int:
+        """Images passed over in an epoch."""
+        return self._skipped
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Accelerate's loader: another epoch draws other crops and flips."""

@@ -22,6 +22,9 @@ class DatasetSpec:
         input_key, target_key: column names.
         mean, std: per channel, of pixels in [0, 1].
         padding: pixels around a small image before a random crop of its size in training; 0: no crop.
+        num_classes: how many there are.
+        image_size: edge in pixels of the images, or of what is usually cut from them.
+        train_size, val_size: images in the two splits.
         defaults: settings of `TrainConfig` that suit this dataset, for those that the user leaves open.
     """
 
@@ -35,29 +38,43 @@ class DatasetSpec:
     std: tuple[float, float, float] | None = None
     local: bool = False
     padding: int = 4
+    num_classes: int | None = None
+    image_size: int | None = None
+    train_size: int | None = None
+    val_size: int | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
 _CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616), "train_split": "train",
-          "val_split": "test", "input_key": "img"}
+          "val_split": "test", "input_key": "img", "image_size": 32, "train_size": 50_000, "val_size": 10_000}
 _FASHION = {"mean": (0.286,) * 3, "std": (0.353,) * 3, "train_split": "train", "val_split": "test",
-            "input_key": "image", "target_key": "label"}
+            "input_key": "image", "target_key": "label", "num_classes": 10, "image_size": 28}
+# normalised as the model is: timm's usual mean and std of ImageNet
+_NATURAL = {"train_split": "train", "val_split": "validation", "input_key": "image", "target_key": "label"}
+_IMAGENET = {"num_classes": 1000, "image_size": 224, "train_size": 1_281_167, "val_size": 50_000}
 
 DATASETS: dict[str, DatasetSpec] = {
     # Few small images and under three minutes: many steps, strong decay, and half of the usual epsilon, since so short
     # a training underfits. Chosen on the demo's own test images, so its accuracy is no evidence for any method.
     "demo": DatasetSpec(
-        str(DEMO_DIR), local=True, padding=0, **_FASHION,
+        str(DEMO_DIR), local=True, padding=0, train_size=6_000, val_size=1_000, **_FASHION,
         defaults={"epochs": 6, "batch_size": 64, "groups": 8, "epsilon": 0.05, "lr": 0.05, "sched": "cosine",
                   "weight_decay": 5e-3},
     ),
-    "fashion-mnist": DatasetSpec("zalando-datasets/fashion_mnist", **_FASHION),
-    "cifar10": DatasetSpec("uoft-cs/cifar10", target_key="label", **_CIFAR),
-    "cifar100": DatasetSpec("uoft-cs/cifar100", target_key="fine_label", **_CIFAR),
-    "tiny-imagenet": DatasetSpec("zh-plus/tiny-imagenet", None, "train", "valid", "image", "label"),
-    "imagenet": DatasetSpec("ILSVRC/imagenet-1k", None, "train", "validation", "image", "label"),
-    "imagenet-wds": DatasetSpec("timm/imagenet-1k-wds", None, "train", "validation", "jpg", "cls"),
-    "imagenette": DatasetSpec("frgfm/imagenette", "320px", "train", "validation", "image", "label"),
+    "fashion-mnist": DatasetSpec("zalando-datasets/fashion_mnist", train_size=60_000, val_size=10_000, **_FASHION),
+    "cifar10": DatasetSpec("uoft-cs/cifar10", target_key="label", num_classes=10, **_CIFAR),
+    "cifar100": DatasetSpec("uoft-cs/cifar100", target_key="fine_label", num_classes=100, **_CIFAR),
+    "tiny-imagenet": DatasetSpec(
+        "zh-plus/tiny-imagenet", num_classes=200, image_size=64, train_size=100_000, val_size=10_000,
+        **_NATURAL | {"val_split": "valid"},
+    ),
+    "imagenet": DatasetSpec("ILSVRC/imagenet-1k", **_NATURAL, **_IMAGENET),
+    "imagenet-wds": DatasetSpec(
+        "timm/imagenet-1k-wds", **_NATURAL | {"input_key": "jpg", "target_key": "cls"}, **_IMAGENET
+    ),
+    "imagenette": DatasetSpec(
+        "frgfm/imagenette", "320px", num_classes=10, image_size=224, train_size=9_469, val_size=3_925, **_NATURAL
+    ),
 }
 
 

@@ -6,12 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from datasets import Dataset
 from timm.data import create_transform, resolve_data_config
 from torchvision import transforms as T
 
-from apart_hf.data.loading import first_bad_image
 from apart_hf.errors import ApartError
 
 _POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(m|n|p|w|t|d|b|mstd|mmax|inc)\d+(\.\d+)?)*")
@@ -73,30 +70,3 @@ def eval_transform(config: dict[str, Any]) -> Callable:
     """What `timm.data.create_transform` makes of the exported config."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_transform(**{key: config[key] for key in keys}, is_training=False)
-
-
-class TransformedImages(torch.utils.data.Dataset):
-    """(image tensor (3, H, W), class index) from a `datasets.Dataset`; every image is turned to RGB."""
-
-    def __init__(self, data: Dataset, input_key: str, target_key: str, transform: Callable):
-        self.data, self.transform = data.select_columns([input_key, target_key]), transform
-        self.input_key, self.target_key = input_key, target_key
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
-        """What a DataLoader asks for a whole batch; one look-up is several times faster than one a row."""
-        try:
-            rows = self.data[indices]
-            if None in rows[self.input_key]:
-                raise ValueError("an image is missing")
-        except (OSError, ValueError) as error:
-            raise first_bad_image(self.data, str(self.data.split), indices, error) from error
-        return [
-            (self.transform(image.convert("RGB")), label)
-            for image, label in zip(rows[self.input_key], rows[self.target_key])
-        ]

@@ -1,0 +1,148 @@
+"""What a run is made of, from its settings: accelerator, model, optimizer, scheduler."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from safetensors import SafetensorError
+from timm.layers import convert_sync_batchnorm
+from timm.models import load_state_dict
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from apart_hf.config import TrainConfig
+from apart_hf.data import ImageData, data_config
+from apart_hf.errors import ApartError
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype]
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ApartError(
+                f"{name} shards weights or gradients, which the second pass needs whole on each process; launch with "
+                "plain data parallelism (accelerate launch --multi_gpu)."
+            )
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        dynamo_backend="inductor" if config.torchcompile else None,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ApartError("float16 needs a GPU (accelerate scales no gradients on the CPU); use --amp-dtype bfloat16.")
+    if config.expect_processes not in (None, accelerator.num_processes):
+        raise ApartError(
+            f"{accelerator.num_processes} process(es) were started, not {config.expect_processes}; accelerate launch "
+            "--cpu starts one: use torchrun, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+        )
+    if config.sync_bn and accelerator.device.type == "cpu":
+        raise ApartError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU; leave the flag out.")
+    return accelerator
+
+
+def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
+    """The timm model for the data's classes, and timm's description of its evaluation images."""
+    kwargs = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
+    kwargs = {key: value for key, value in kwargs.items() if value} | _model_kwargs(config)
+    try:
+        source = timm.get_pretrained_cfg(config.model)
+        if source is not None and source.fixed_input_size and config.img_size is not None:
+            kwargs["img_size"] = config.img_size
+        model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+    except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError) as error:
+        raise ApartError(f"cannot create model {config.model!r}: {first_line(error)}") from error
+    if config.initial_checkpoint is not None:
+        load_weights(model, config.initial_checkpoint)
+    size = data_config(
+        model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=data.spec.mean, std=data.spec.std
+    )
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *size["input_size"]))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        edge, usual = size["input_size"][-1], model.pretrained_cfg["input_size"][-1]
+        raise ApartError(
+            f"model {config.model!r} does not take images of {edge} pixels ({first_line(error)}); "
+            f"try --img-size {usual}, the model's own."
+        ) from error
+    if config.sync_bn:
+        model = convert_sync_batchnorm(model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model, size
+
+
+def _model_kwargs(config: TrainConfig) -> dict[str, Any]:
+    """--model-kwargs as timm reads it: Python literals, else text."""
+    found = {}
+    for pair in config.model_kwargs or ():
+        key, _, value = pair.partition("=")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def load_weights(model: nn.Module, file: str) -> None:
+    """Weights from a safetensors file or a state_dict; a classifier of another size keeps its random start.
+
+    Raises: ApartError where the file cannot be read without running code from it, or belongs to another model.
+    """
+    if not Path(file).is_file():
+        raise ApartError(f"--initial-checkpoint {file}: there is no such file.")
+    try:
+        state = load_state_dict(file, weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, pickle.UnpicklingError,
+            SafetensorError) as error:
+        raise ApartError(f"--initial-checkpoint {file}: cannot be read ({first_line(error)}).") from error
+    own = model.state_dict()
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    for key in [k for k in state if k.rsplit(".", 1)[0] in heads and k in own and state[k].shape != own[k].shape]:
+        state[key] = own[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ApartError(f"--initial-checkpoint {file}: its weights are of another model ({reason}).") from error
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
+    try:
+        return create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            filter_bias_and_bn=False,
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ApartError(f"cannot create optimizer {config.opt!r}: {first_line(error)}.") from error
+
+
+def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
+    half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
+    scheduler, _ = create_scheduler_v2(
+        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr, min_lr=config.min_lr,
+        decay_milestones=[m + half_a_step for m in config.decay_milestones],
+        step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler

@@ -1,0 +1,86 @@
+"""Opening a Hub dataset or a local folder, and what to say where that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+from datasets import DatasetDict, IterableDatasetDict
+
+from apart_hf.data.registry import DatasetSpec
+from apart_hf.errors import ApartError
+from apart_hf.hub_client import transport_errors
+
+CONNECT_SECONDS = 3.0  # then the Hub counts as out of reach
+
+
+def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Every split of a Hub dataset or a folder (parquet files, image folders, or save_to_disk).
+
+    Where the Hub cannot be reached, what is in the cache is used at once, and what is not is an error within seconds.
+
+    Raises: ApartError.
+    """
+    folder, offline = Path(spec.path), ""
+    if spec.local and not folder.is_dir():
+        raise ApartError(f"--data-dir {spec.path} does not exist, or is no folder.")
+    try:
+        if spec.local:
+            if (folder / "dataset_dict.json").exists():
+                saved = datasets.load_from_disk(str(folder))
+                return _streamed(saved) if streaming else saved
+            kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
+            return datasets.load_dataset(kind, data_dir=str(folder), streaming=streaming)
+        with offline_if_unreachable() as offline:
+            return datasets.load_dataset(spec.path, spec.config, streaming=streaming)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError, *transport_errors()) as error:
+        # one line of a message that is often a page long
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if spec.local:
+            cure = "it needs parquet files, one folder of images a class, or a save_to_disk folder."
+        elif offline:
+            reason = f"{offline}, and the cache does not hold it"
+            cure = "load it once with a connection, or use --data-dir."
+        elif "gated" in str(error):
+            page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{spec.path}"
+            reason = "it is gated"
+            cure = f"ask for access at {page}, then log in (hf auth login, or HF_TOKEN), or use --data-dir."
+        else:
+            cure = "check the name and the connection, log in (hf auth login) where it is private, or use --data-dir."
+        raise ApartError(f"cannot load {spec.path}: {reason}; {cure}") from error
+
+
+def _streamed(saved: DatasetDict) -> IterableDatasetDict:
+    parts = {name: max(1, min(64, len(data) // 100)) for name, data in saved.items()}
+    return IterableDatasetDict({name: data.to_iterable_dataset(parts[name]) for name, data in saved.items()})
+
+
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[str]:
+    """Within, the libraries do not try to reach a Hub that does not answer; gives the reason, empty where it does."""
+    constants = huggingface_hub.constants
+    if huggingface_hub.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
+        yield "HF_HUB_OFFLINE is set"
+        return
+    try:  # its own client: proxies and certificates are those of the user
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except transport_errors() as error:
+        reason = f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__})"
+    else:
+        yield ""
+        return
+    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for loader processes
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept[:2]
+        if kept[2] is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = kept[2]

@@ -1,0 +1,105 @@
+"""One split of a dataset, whole, in part, or as a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image, IterableDataset
+
+from apart_hf.data.images import BadImage, bad_image, rgb
+from apart_hf.errors import ApartError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of (encoded image, class index).
+
+    Args:
+        data: with at least these two columns; images are left encoded.
+        name: of the split that the rows are from.
+        input_key, target_key: the columns.
+        size: rows; None: a stream of unknown length.
+        rows: (size,) positions in the split; None: all of them, in order.
+    """
+
+    data: Dataset | IterableDataset
+    name: str
+    input_key: str
+    target_key: str
+    size: int | None
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, data: Dataset | IterableDataset, name: str, input_key: str, target_key: str, size: int | None = None):
+        """The two columns of `data`; `size` of a stream."""
+        columns = data.select_columns([input_key, target_key]).cast_column(input_key, Image(decode=False))
+        return cls(columns, name, input_key, target_key, size if isinstance(data, IterableDataset) else len(data))
+
+    def __len__(self) -> int:
+        if self.size is None:
+            raise TypeError(f"the length of split {self.name!r} is not known")
+        return self.size
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.data, IterableDataset)
+
+    def place(self, index: int) -> str:
+        """Where an image is, for messages."""
+        return f"image {index if self.rows is None else self.rows[index]} of split {self.name!r}"
+
+    def labels(self) -> np.ndarray:
+        """The class indices (size,); not of a stream. Reads no image."""
+        table = self.data.select_columns([self.target_key]).with_format("arrow")[:]
+        return table[self.target_key].to_numpy()
+
+    def cells(self, indices: list[int]) -> list[tuple[dict[str, Any] | None, int]]:
+        """(encoded image, class index) of rows; not of a stream. One look-up is several times faster than one a row."""
+        rows = self.data[indices]
+        return list(zip(rows[self.input_key], rows[self.target_key]))
+
+    def part(self, indices: np.ndarray) -> Split:
+        """These rows alone."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return Split(self.data.select(indices), self.name, self.input_key, self.target_key, len(indices), rows)
+
+    def image_size(self, skip_bad: bool) -> tuple[int, int]:
+        """(width, height) in pixels of the first image that can be decoded.
+
+        Raises: ApartError where that is not the first one, unless `skip_bad`.
+        """
+        cells = self.data if self.streamed else (self.data[i] for i in range(len(self)))
+        for index, cell in enumerate(cells):
+            try:
+                return rgb(cell[self.input_key]).size
+            except BadImage as error:
+                if not skip_bad:
+                    raise bad_image(self.place(index), error) from error
+        raise ApartError(f"no image of split {self.name!r} can be decoded.")
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (rest, part), each in order: a share of every class, drawn by `seed`.
+
+    The part has round(fraction * all) rows; classes whose share is no whole number are rounded so that this holds.
+
+    Raises: ApartError where a class has no row in one of the two.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    shares = fraction * counts
+    taken = np.floor(shares).astype(int)
+    missing = round(fraction * len(labels)) - int(taken.sum())
+    taken[np.argsort(taken - shares, kind="stable")[:missing]] += 1
+    empty = np.flatnonzero((taken == 0) | (taken == counts))
+    if len(empty):
+        first = empty[0]
+        raise ApartError(
+            f"--val-fraction {fraction}: class {classes[first]} has {counts[first]} images, of which {taken[first]} "
+            "would be for validation; training and validation need one of every class, take another fraction."
+        )
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, taken)]
+    part = np.sort(np.concatenate(drawn))
+    return np.setdiff1d(np.arange(len(labels)), part), part

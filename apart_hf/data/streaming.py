@@ -1,0 +1,121 @@
+"""Images read as they come, for data that are too large to hold or to copy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image as PIL
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from apart_hf.data.images import IGNORED, BadImage, Skipped, bad_image, rgb
+from apart_hf.data.randomness import Epoch, drawn_from
+from apart_hf.data.splits import Split
+from apart_hf.errors import ApartError
+
+_PASS = 2**20  # epochs lie below; a further pass within an epoch takes another order
+_BLACK = PIL.new("RGB", (64, 64))
+
+
+class StreamedImages(torch.utils.data.IterableDataset):
+    """(image tensor (3, H, W), class index) of one process's share of a stream, shared out to its loader processes.
+
+    In training an epoch has a fixed number of batches on every process, all of them full: shards are shuffled, then
+    images through a buffer, by (seed, epoch), and a process that runs out goes over its share again. In evaluation
+    every image comes once.
+
+    Args:
+        split: a stream.
+        transform: from an RGB image to a tensor.
+        classes: class indices are below.
+        process, processes: whose share.
+        workers: loader processes.
+        batches, batch_size: of an epoch of training, on this process; None: evaluation.
+        buffer: images that are shuffled among themselves.
+        seed: of order and augmentation.
+        skip_bad: pass over images that cannot be decoded (in evaluation: a row of class `IGNORED`); else they are an
+            ApartError.
+    """
+
+    def __init__(
+        self, split: Split, transform: Callable, *, classes: int, process: int = 0, processes: int = 1,
+        workers: int = 0, batches: int | None = None, batch_size: int = 1, buffer: int = 2048, seed: int = 0,
+        skip_bad: bool = False,
+    ):
+        self.split, self.transform, self.classes, self.process = split, transform, classes, process
+        self.batches, self.batch_size, self.seed = batches, batch_size, seed
+        self.skip_bad, self._skipped, self._epoch = skip_bad, Skipped(workers), Epoch()
+        stream = split.data if batches is None else split.data.shuffle(seed=seed, buffer_size=buffer)
+        self.stream = split_dataset_by_node(stream, process, processes)
+
+    def __len__(self) -> int:
+        """Images of an epoch on this process; of training alone."""
+        if self.batches is None:
+            raise TypeError("the number of images of an evaluation stream is not known")
+        return self.batches * self.batch_size
+
+    def take_skipped(self) -> int:
+        """Images passed over since the last call."""
+        return self._skipped.take()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate's loader."""
+        self._epoch.set(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        samples = self._samples(number)
+        if self.batches is None:
+            yield from samples
+        else:  # batches go round the loader processes
+            share = len(range(number, self.batches, workers))
+            yield from itertools.islice(samples, share * self.batch_size)
+
+    def _samples(self, worker: int) -> Iterator[tuple[Tensor, int]]:
+        training, position = self.batches is not None, 0
+        for again in itertools.count():
+            self.stream.set_epoch(self.epoch + again * _PASS)
+            good = 0
+            for cell in self.stream:
+                position += 1
+                encoded, label = cell[self.split.input_key], cell[self.split.target_key]
+                place = (f"image {position - 1} of split {self.split.name!r}, as read by process {self.process} in "
+                         f"loader process {worker},")
+                self._check_label(label, place)
+                try:
+                    image = rgb(encoded)
+                except BadImage as error:
+                    if not self.skip_bad:
+                        raise bad_image(place, error) from error
+                    self._skipped.add()
+                    if not training:
+                        yield torch.zeros_like(self.transform(_BLACK)), IGNORED
+                    continue
+                good += 1
+                if training:
+                    with drawn_from(self.seed, self.epoch, self.process, worker, position):
+                        sample = self.transform(image)
+                else:
+                    sample = self.transform(image)
+                yield sample, label
+            if not training:
+                return
+            if not good:
+                raise ApartError(
+                    f"no image of split {self.split.name!r} can be read by process {self.process} in loader process "
+                    f"{worker}: the stream has {self.stream.num_shards} parts there; use fewer --workers."
+                )
+
+    def _check_label(self, label: int | None, place: str) -> None:
+        if label is None or not 0 <= label < self.classes:
+            raise ApartError(
+                f"{place} has label {label}, outside 0..{self.classes - 1}; correct it, or choose a labelled split."
+            )
