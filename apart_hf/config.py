@@ -185,6 +185,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):  # NaN is refused too
                 raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
+        if self.log_wandb and "wandb" not in (self.report_to or ()):
+            self.report_to = [*(self.report_to or ()), "wandb"]
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ApartError(f"ratio={self.ratio}: N/M, the share of the batch in the second pass, is in (0, 1].")
         if self.budget is not None and not 0 < self.budget < float("inf"):

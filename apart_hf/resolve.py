@@ -68,8 +68,6 @@ def settle(config: TrainConfig) -> TrainConfig:
         config = dataclasses.replace(config, img_size=config.input_size[-1])
     if config.amp and config.amp_dtype is None:
         config = dataclasses.replace(config, amp_dtype="bfloat16")
-    if config.log_wandb and "wandb" not in (config.report_to or ()):
-        config = dataclasses.replace(config, report_to=[*(config.report_to or ()), "wandb"])
     return dataclasses.replace(
         config, epochs=epochs, budget=None,
         decay_milestones=sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),

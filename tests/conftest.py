@@ -4,11 +4,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from tests.helpers import batch, build
+
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
 
 
 def pytest_addoption(parser):

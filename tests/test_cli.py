@@ -64,6 +64,18 @@ from tests.helpers import FAST, ROOT, run
     (["--drop-path", "0.1", "--model", "vgg11_bn"], "cannot create model 'vgg11_bn'"),
     (["--epochs", "5", "--warmup-epochs", "5"], "--warmup-epochs 5 leaves nothing of --epochs 5"),
     (["--data-dir", "/nowhere"], "/nowhere does not exist"),
+    (["--val-fraction", "1"], "--val-fraction 1.0: a share between 0 and 1"),
+    (["--val-fraction", "0.0001"], "class 1 has 600 images, of which 0 would"),
+    (["--val-fraction", "0.1", "--streaming"], "--val-fraction needs the whole training split"),
+    (["--loader", "memory", "--streaming"], "--loader memory: a stream is not kept"),
+    (["--model-kwargs", "drop"], "--model-kwargs 'drop': needs KEY=VALUE"),
+    (["--model-kwargs", "nonsense=3"], "cannot create model 'test_resnet'"),
+    (["--input-size", "1", "28", "28"], "--input-size 1 28 28: images here are square RGB"),
+    (["--input-size", "3", "28", "28", "--img-size", "32"], "--input-size 3 28 28"),
+    (["--on-bad-image", "ignore"], "invalid choice: 'ignore'"),
+    (["--initial-checkpoint", "/nowhere.pth"], "/nowhere.pth: there is no such file"),
+    (["--lr-base", "-1"], "--lr-base -1.0"),
+    (["--log-wandb"], "--report-to wandb: not installed"),
 ])
 def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -107,7 +119,8 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
         "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to every eta "
         "local-attack global-norm aa color-jitter reprob cutmix grad-accum-steps model-ema model-ema-decay "
         "pretrained min-lr warmup-lr validation-batch-size torchcompile sync-bn "
-        "grad-checkpointing drop drop-path expect-processes"
+        "grad-checkpointing drop drop-path expect-processes val-fraction streaming shuffle-buffer on-bad-image "
+        "class-map model-kwargs initial-checkpoint input-size lr-base amp eval-metric log-wandb train-num-samples"
     )
     assert all(f"--{flag}" in text for flag in flags.split())
     assert "[128; demo: 64]" in text and "[0.9]" in text

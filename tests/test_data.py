@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from apart_hf import ApartError
-from apart_hf.data import data_config
+from apart_hf.data import DATASETS, data_config
 from apart_hf.data.images import rgb
 from apart_hf.data.mapped import TransformedImages
 from apart_hf.data.transforms import eval_transform, train_transform
@@ -218,3 +218,17 @@ def test_a_folder_of_a_registered_dataset_may_name_things_in_its_own_way(tmp_pat
     assert found.mean == (0.4914, 0.4822, 0.4465)
     with pytest.raises(ApartError, match="no split 'valid'"):
         load("tiny-imagenet", str(tmp_path), val_split="valid")
+
+
+def test_the_registry_is_true_of_the_demo_set():
+    spec, data = DATASETS["demo"], load()
+    assert (spec.num_classes, spec.image_size) == (len(data.class_names), data.image_size[0])
+    assert (spec.train_size, spec.val_size) == (len(data.train), len(data.val))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_registered_dataset_is_described(name):
+    spec = DATASETS[name]
+    assert all((spec.train_split, spec.val_split, spec.input_key, spec.target_key))
+    assert spec.num_classes and spec.image_size and spec.train_size > spec.val_size
+    assert (spec.mean is None) == (spec.image_size > 32)  # the model's own, as timm's users expect

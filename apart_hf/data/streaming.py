@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image as PIL
@@ -16,7 +17,6 @@ from apart_hf.data.randomness import Epoch, drawn_from
 from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
 
-_PASS = 2**20  # epochs lie below; a further pass within an epoch takes another order
 _BLACK = PIL.new("RGB", (64, 64))
 
 
@@ -45,11 +45,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
         workers: int = 0, batches: int | None = None, batch_size: int = 1, buffer: int = 2048, seed: int = 0,
         skip_bad: bool = False,
     ):
-        self.split, self.transform, self.classes, self.process = split, transform, classes, process
-        self.batches, self.batch_size, self.seed = batches, batch_size, seed
+        self.split, self.transform, self.classes = split, transform, classes
+        self.process, self.processes = process, processes
+        self.batches, self.batch_size, self.buffer, self.seed = batches, batch_size, buffer, seed
         self.skip_bad, self._skipped, self._epoch = skip_bad, Skipped(workers), Epoch()
-        stream = split.data if batches is None else split.data.shuffle(seed=seed, buffer_size=buffer)
-        self.stream = split_dataset_by_node(stream, process, processes)
 
     def __len__(self) -> int:
         """Images of an epoch on this process; of training alone."""
@@ -79,12 +78,22 @@ class StreamedImages(torch.utils.data.IterableDataset):
             share = len(range(number, self.batches, workers))
             yield from itertools.islice(samples, share * self.batch_size)
 
+    def _pass(self, again: int):
+        """This process's share, for the first time in this epoch or once more, in another order.
+
+        Not by the stream's own `set_epoch`: that is shared by all loader processes, which need not be in the same pass.
+        """
+        stream = self.split.data
+        if self.batches is not None:
+            order = np.random.SeedSequence([self.seed, self.epoch, again]).generate_state(1)[0]
+            stream = stream.shuffle(seed=int(order), buffer_size=self.buffer)
+        return split_dataset_by_node(stream, self.process, self.processes)
+
     def _samples(self, worker: int) -> Iterator[tuple[Tensor, int]]:
         training, position = self.batches is not None, 0
         for again in itertools.count():
-            self.stream.set_epoch(self.epoch + again * _PASS)
-            good = 0
-            for cell in self.stream:
+            stream, good = self._pass(again), 0
+            for cell in stream:
                 position += 1
                 encoded, label = cell[self.split.input_key], cell[self.split.target_key]
                 place = (f"image {position - 1} of split {self.split.name!r}, as read by process {self.process} in "
@@ -111,7 +120,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if not good:
                 raise ApartError(
                     f"no image of split {self.split.name!r} can be read by process {self.process} in loader process "
-                    f"{worker}: the stream has {self.stream.num_shards} parts there; use fewer --workers."
+                    f"{worker}: the stream has {stream.num_shards} parts there; use fewer --workers."
                 )
 
     def _check_label(self, label: int | None, place: str) -> None:
