@@ -1,20 +1,37 @@
-"""The command line of a run, made from `TrainConfig`."""
+"""Command lines: what all of them share, and that of a run, made from `TrainConfig`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from apart_hf.config import HYPER_PARAMETERS, TrainConfig
 from apart_hf.config_file import read_config
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, one_line
 from apart_hf.recipes import recipe
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Bad input ends in one line and exit code 2."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def run_command(command: Callable[[str], object]) -> None:
+    """Run `command(prog)`; an ApartError ends in one line on stderr, of the first process alone, and exit code 2."""
+    prog = Path(sys.argv[0]).name
+    try:
+        command(prog)
+    except ApartError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = None) -> TrainConfig:
@@ -24,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
 
     Raises: ApartError for a value out of range, or a file or recipe that is not there.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description="Train any timm BatchNorm model with APART, SAM, both, or plainly.",
         epilog="Defaults in [] depend on other settings.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )

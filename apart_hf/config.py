@@ -155,6 +155,11 @@ class TrainConfig:
     warmup_epochs: int = _int(0, "optimisation", "epochs of linear warmup")
     clip_grad: float | None = _float(None, "optimisation", "largest norm of the combined gradient [off]")
 
+    license: str | None = _text(None, "publishing", "of the exported weights, as the Hub spells it", metavar="NAME")
+    push_to_hub: str | None = _text(
+        None, "publishing", "push the finished run to this repository of the Hub", metavar="USER/NAME"
+    )
+
     seed: int = _int(0, "run", "of weights, data order, augmentation and the second pass")
     amp: bool = _flag("run", "16-bit forwards: bfloat16, unless --amp-dtype says otherwise")
     amp_dtype: str | None = _text(

@@ -1,17 +1,114 @@
-"""What differs between the HTTP clients that huggingface_hub has used."""
+"""Calls to the Hub: tried again where that is safe, else one line that says what to do."""
 
 from __future__ import annotations
 
 import importlib
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from apart_hf.errors import ApartError
+
+Result = TypeVar("Result")
+TRIES = 5
+FIRST_WAIT = 0.5  # seconds; doubled at each try
+LONGEST_WAIT = 60.0
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub's client raises where no answer comes: refused, cut, timed out."""
+    """What huggingface_hub's HTTP client raises where no answer comes: refused, cut, timed out."""
     session = huggingface_hub.get_session() if hasattr(huggingface_hub, "get_session") else None
     name = "requests" if session is None else type(session).__module__.split(".")[0]
     client = importlib.import_module(name)
     if hasattr(client, "TransportError"):  # httpx, httpx2
         return (client.TransportError,)
     return (client.exceptions.ConnectionError, client.exceptions.Timeout)
+
+
+def attempt(
+    call: Callable[[], Result], repo_id: str, *, arrived: Callable[[], Result | None] | None = None, again: bool = True
+) -> Result:
+    """The result of `call`, which is tried up to `TRIES` times where no answer comes, or 429 or 5xx.
+
+    Args:
+        call: to the Hub.
+        repo_id: for messages.
+        arrived: asked before a further try: the result, where the last one got through although its answer did not.
+        again: whether a further try does no harm.
+
+    Raises: ApartError with the cause and the cure.
+    """
+    lost, number = transport_errors(), 0
+    while True:
+        number += 1
+        try:
+            return call()
+        except OfflineModeIsEnabled as error:
+            raise ApartError("HF_HUB_OFFLINE is set; unset it to reach the Hub, then run this again.") from error
+        except (HfHubHTTPError, RuntimeError, *lost) as error:
+            status = _status(error)
+            if status is not None and status < 500 and status != 429:
+                raise _refused(error, status, repo_id) from error
+            last = number == TRIES or not (again or status == 429)
+            found = _asked(arrived) if arrived is not None else None
+            if found is not None:
+                return found
+            if last:
+                raise _gave_up(error, status, repo_id, number) from error
+            time.sleep(_wait(error, number))
+
+
+def _asked(arrived: Callable[[], Result | None]) -> Result | None:
+    try:
+        return arrived()
+    except (HfHubHTTPError, *transport_errors()):
+        return None  # not known; asked again after the next try
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _wait(error: Exception, number: int) -> float:
+    """Seconds: what the server asks for, else twice as long at each try."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    asked = headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else FIRST_WAIT * 2 ** (number - 1)
+
+
+def _refused(error: Exception, status: int, repo_id: str) -> ApartError:
+    server = _reason(error)
+    if isinstance(error, GatedRepoError):
+        page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
+        return ApartError(f"{repo_id} is gated and this account has no access; ask for it at {page}.")
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return ApartError(f"the Hub does not take the token ({server}); log in again (hf auth login) or set HF_TOKEN.")
+    if isinstance(error, RepositoryNotFoundError):
+        return ApartError(f"{repo_id} does not exist, or this account may not see it; check the name and the login.")
+    if status == 403:
+        return ApartError(
+            f"this account or token may not write to {repo_id} ({server}); use a token with the write role, and a "
+            "namespace of your own."
+        )
+    if status == 409:
+        return ApartError(f"{repo_id} cannot be made: the name is taken ({server}); choose another.")
+    return ApartError(f"the Hub refused {repo_id} with {status} ({server}).")
+
+
+def _gave_up(error: Exception, status: int | None, repo_id: str, tries: int) -> ApartError:
+    what = f"answered {status}" if status is not None else f"gave no answer ({type(error).__name__}: {_reason(error)})"
+    return ApartError(
+        f"the Hub {what} for {repo_id}, {tries} time(s); nothing was changed there by halves. Run the same command "
+        "again when it can be reached."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The server's own words, on one line."""
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")[:200]

@@ -17,9 +17,8 @@ from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
 from apart_hf.data import ImageData
 from apart_hf.errors import ApartError
-from apart_hf.hub import export_folder
+from apart_hf.export import export_folder, update_record
 from apart_hf.plots import plot_training
-from apart_hf.runtime import versions
 from apart_hf.trainer import Trainer
 
 
@@ -31,6 +30,7 @@ class RunFolder:
         images: timm's description of the evaluation images.
         data: names the classes.
         hyper: the strategy's hyper-parameters.
+        record: what the exported folders say of the training, see `training_record`.
         accelerator: only its main process writes.
 
     Raises: ApartError where the folder exists or cannot be made; then nothing was written.
@@ -38,9 +38,9 @@ class RunFolder:
 
     def __init__(
         self, config: TrainConfig, images: dict[str, Any], data: ImageData, hyper: dict[str, Any],
-        accelerator: Accelerator,
+        record: dict[str, Any], accelerator: Accelerator,
     ):
-        self.images, self.data, self.accelerator = images, data, accelerator
+        self.images, self.data, self.record, self.accelerator = images, data, record, accelerator
         self.history: list[dict[str, float]] = []
         self.folder = _make_folder(config, accelerator)
         self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper)
@@ -52,10 +52,6 @@ class RunFolder:
         if accelerator.is_main_process:
             (self.folder / "config.yaml").write_text(write_config(settings))
             (self.folder / "plots").mkdir()
-        self.training = {
-            "method": config.method, **hyper, "dataset": config.dataset_name, "seed": config.seed,
-            "versions": versions(),
-        }
 
     def add(self, metrics: dict[str, float], model: nn.Module) -> None:
         """Record one epoch: a line of metrics, the weights as last/ and, where top-1 is highest so far, as best/."""
@@ -81,7 +77,7 @@ class RunFolder:
             export_folder(
                 plain, self.folder / name, data_config=self.images, label_names=self.data.class_names,
                 tag=f"{self.config.method}_{self.config.dataset_name}".replace("/", "_").replace(".", "_"),
-                apart=self.training | {"epoch": metrics["epoch"], "top1": metrics["top1"]},
+                apart=self.record | {"results": self._results(metrics)}, license=self.config.license,
             )
         title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
         plot_training(self.history, self.folder / "plots" / "training.png", title)
@@ -104,7 +100,15 @@ class RunFolder:
             )
         if self.accelerator.is_main_process:
             (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
+            for name in ("last", "best"):
+                update_record(self.folder / name, results={"split": self.data.test.name, **results[name]})
         return results["last"]
+
+    def _results(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What is claimed of weights: the evaluation after their epoch."""
+        part = "" if self.config.val_fraction is None else f" ({self.config.val_fraction:g} of it, for validation)"
+        found = {key: metrics[key] for key in ("epoch", "top1", "top5", "eval_loss")}
+        return {"split": self.data.val.name + part, **found}
 
     def _best(self) -> dict[str, float]:
         """The metrics of the best epoch, the later of equals."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,21 @@ def use_threads(threads: int | None, local_processes: int) -> int:
         threads = int(asked) if asked.isdigit() and int(asked) > 1 else max(1, cores() // local_processes)
     torch.set_num_threads(threads)
     return threads
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with a + where files were changed since; else None."""
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        answers = [
+            subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=True, timeout=10)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answers[0].stdout.strip() + ("+" if answers[1].stdout.strip() else "")
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -15,12 +14,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from apart_hf.build import first_line, make_accelerator, make_model, make_optimizer, make_scheduler
-from apart_hf.command_line import parse_arguments
+from apart_hf.command_line import parse_arguments, run_command
 from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
 from apart_hf.data import DATASETS, DataSettings, ImageData, Loaders, LoaderSettings, load_image_data
-from apart_hf.errors import ApartError, one_line
+from apart_hf.errors import ApartError
+from apart_hf.hub import check_access, push
 from apart_hf.models import is_registered_here
+from apart_hf.record import training_record
 from apart_hf.resolve import check_names, resolve, settle
 from apart_hf.run_folder import RunFolder
 from apart_hf.runtime import use_threads
@@ -30,18 +31,15 @@ from apart_hf.trainer import Trainer
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: bad input ends in one line on stderr and exit code 2."""
-    prog = Path(sys.argv[0]).name
-    try:
-        config = parse_arguments(arguments, prog=prog)
-        if config.print_config:
-            check_names(config)
-            print(write_config(dataclasses.asdict(settle(config))), end="")
-        else:
-            train(config)
-    except ApartError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda prog: _run(parse_arguments(arguments, prog=prog)))
+
+
+def _run(config: TrainConfig) -> None:
+    if not config.print_config:
+        train(config)
+        return
+    check_names(config)
+    print(write_config(dataclasses.asdict(settle(config))), end="")
 
 
 def train(config: TrainConfig) -> Path:
@@ -51,6 +49,8 @@ def train(config: TrainConfig) -> Path:
     """
     check_names(config)
     config = settle(config)
+    if config.push_to_hub is not None:
+        check_access(config.push_to_hub)
     accelerator = make_accelerator(config)
     threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     set_seed(config.seed)
@@ -77,14 +77,17 @@ def train(config: TrainConfig) -> Path:
         generator=torch.Generator().manual_seed(config.seed + accelerator.process_index),
     )
     strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
-    run = RunFolder(config, images, data, strategy.hyper, accelerator)
+    passes = strategy.method.passes(strategy.ratio, config.every)
+    record = training_record(config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes,
+                             source=accelerator.unwrap_model(model).pretrained_cfg)
+    run = RunFolder(config, images, data, strategy.hyper, record, accelerator)
     set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
 
     say = accelerator.print
     for line in describe_data(config, data, images["input_size"]):
         say(line)
     say(f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
-        f"{strategy.method.passes(strategy.ratio, config.every):g} passes a step")
+        f"{passes:g} passes a step")
     say(f"run: {config.epochs} epochs of {len(train_loader)} steps, {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {threads} thread(s) each -> {run.folder}")
 
@@ -106,12 +109,13 @@ def train(config: TrainConfig) -> Path:
             raise ApartError(f"a BatchNorm layer has one value per channel in a batch ({first_line(error)}); use a "
                              "larger --batch-size or --img-size.") from error
         raise
-    measured = data.val if data.test is None else data.test
     result = run.history[-1] if data.test is None else run.test(trainer, loaders.evaluation(data.test))
     accelerator.end_training()
     ours = "import apart_hf and " if is_registered_here(accelerator.unwrap_model(model)) else ""
-    say(f"done: top-1 {result['top1']:.2f} % on {measured.name}. Load it with "
+    say(f"done: top-1 {result['top1']:.2f} % on {data.held_out.name}. Load it with "
         f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
+    if config.push_to_hub is not None and accelerator.is_main_process:
+        say(f"pushed: {push(run.folder, config.push_to_hub)}")
     return run.folder
 
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather, pad_across_processes, tqdm
+from accelerate.utils import broadcast, tqdm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from apart_hf.data import IGNORED
-from apart_hf.errors import ApartError
-from apart_hf.metrics import K, TopKAccuracy
+from apart_hf.evaluation import evaluate
 
 
 @dataclass
@@ -143,40 +141,14 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable) -> dict[str, float]:
-        """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent.
-
-        Args:
-            loader: batches of this process's share of the images; shares may differ in size. Rows of class `IGNORED`
-                are left out.
-        """
+        """Loss and accuracy of `evaluated`, see `apart_hf.evaluation`."""
         network = self.evaluated
         if self.accelerator.num_processes > 1:
             # running statistics differ by rank; those of rank 0 are exported, so they are what is measured
             for buffer in network.buffers():
                 buffer.copy_(broadcast(buffer, from_process=0))
-            # without DDP, which expects as many batches of every process
             network = self.accelerator.unwrap_model(network, keep_torch_compile=False)
-        network.eval()
-        device = self.accelerator.device
-        best = [torch.empty(0, K, dtype=torch.int64, device=device)]
-        labels, losses = [torch.empty(0, dtype=torch.int64, device=device)], [torch.empty(0, device=device)]
-        for images, targets in loader:
-            with self.accelerator.autocast():
-                output = network(images).float()
-            losses.append(nn.functional.cross_entropy(output, targets, reduction="none", ignore_index=IGNORED))
-            first = output.topk(min(K, output.shape[-1])).indices
-            best.append(nn.functional.pad(first, (0, K - first.shape[-1]), value=IGNORED))
-            labels.append(targets)
-        best, labels, losses = (
-            gather(pad_across_processes(torch.cat(parts), pad_index=IGNORED)) for parts in (best, labels, losses)
-        )
-        seen = labels != IGNORED
-        if not seen.any():
-            raise ApartError("the evaluation split has no image that can be decoded; check --val-split.")
-        metric = TopKAccuracy(keep_in_memory=True)
-        metric.add_batch(predictions=best[seen].cpu().numpy(), references=labels[seen].cpu().numpy())
-        result = metric.compute()
-        return {"eval_loss": losses[seen].mean().item(), "top1": result["top1"], "top5": result["top5"]}
+        return evaluate(network, loader, self.accelerator)
 
     def _skipped(self, loader: Any) -> int:
         """Images of a loader that all processes have passed over since the last call."""

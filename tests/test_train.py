@@ -16,7 +16,7 @@ from torch import nn
 
 from apart_hf import create_strategy
 from apart_hf.config import TrainConfig
-from apart_hf.hub import export_folder
+from apart_hf.export import export_folder
 from apart_hf.metrics import TopKAccuracy
 from apart_hf.runtime import cores
 from apart_hf.train import train
@@ -141,10 +141,10 @@ def test_the_run_folder(tmp_path, small_data):
     assert (config["data_dir"], config["img_size"]) == (small_data, 28)
     assert config["num_classes"] == 10 and config["amp_dtype"] == "float32"
     exported = json.loads((folder / "last" / "config.json").read_text())
-    assert exported["apart"]["dataset"] == "little" and exported["apart"]["epoch"] == 4
+    assert exported["apart"]["dataset"] == "little" and exported["apart"]["results"]["epoch"] == 4
     assert exported["label_names"][9] == "Ankle boot" and str(tmp_path) not in json.dumps(exported)
     assert (folder / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")
-    best = json.loads((folder / "best" / "config.json").read_text())["apart"]
+    best = json.loads((folder / "best" / "config.json").read_text())["apart"]["results"]
     assert best["top1"] == max(line["top1"] for line in history)
     assert train(TrainConfig(  # the same command again does not touch the first run
         model="test_resnet", data_dir=small_data, batch_size=16, groups=2, max_steps=1, output=str(tmp_path),

@@ -76,6 +76,11 @@ class ImageData:
     image_size: tuple[int, int]
     test: Split | None = field(default=None)
 
+    @property
+    def held_out(self) -> Split:
+        """The split that final results are of."""
+        return self.val if self.test is None else self.test
+
 
 def load_image_data(settings: DataSettings = DataSettings()) -> ImageData:
     """Load a registered dataset, a Hub id, or a folder (parquet files, image folders, or save_to_disk).

@@ -22,6 +22,7 @@ class DatasetSpec:
         input_key, target_key: column names.
         mean, std: per channel, of pixels in [0, 1].
         padding: pixels around a small image before a random crop of its size in training; 0: no crop.
+        source: Hub id that a local set is a part of.
         num_classes: how many there are.
         image_size: edge in pixels of the images, or of what is usually cut from them.
         train_size, val_size: images in the two splits.
@@ -37,12 +38,18 @@ class DatasetSpec:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     local: bool = False
+    source: str | None = None
     padding: int = 4
     num_classes: int | None = None
     image_size: int | None = None
     train_size: int | None = None
     val_size: int | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub_id(self) -> str | None:
+        """Where the Hub has these images."""
+        return self.source if self.local else self.path
 
 
 _CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616), "train_split": "train",
@@ -57,7 +64,8 @@ DATASETS: dict[str, DatasetSpec] = {
     # Few small images and under three minutes: many steps, strong decay, and half of the usual epsilon, since so short
     # a training underfits. Chosen on the demo's own test images, so its accuracy is no evidence for any method.
     "demo": DatasetSpec(
-        str(DEMO_DIR), local=True, padding=0, train_size=6_000, val_size=1_000, **_FASHION,
+        str(DEMO_DIR), local=True, source="zalando-datasets/fashion_mnist", padding=0, **_FASHION, train_size=6_000,
+        val_size=1_000,
         defaults={"epochs": 6, "batch_size": 64, "groups": 8, "epsilon": 0.05, "lr": 0.05, "sched": "cosine",
                   "weight_decay": 5e-3},
     ),
@@ -85,7 +93,8 @@ def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
     """
     if folder is not None:
         if name in DATASETS and name != "demo":  # demo is the default: it says nothing of the folder
-            return replace(DATASETS[name], path=str(folder), config=None, local=True)
+            known = DATASETS[name]
+            return replace(known, path=str(folder), config=None, local=True, source=known.hub_id)
         if name == "demo" or "/" in name:
             return DatasetSpec(str(folder), local=True)
     elif name in DATASETS:

@@ -1,0 +1,184 @@
+"""The model card of an exported folder, from what the folder records and the template in model_cards/."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from apart_hf.errors import ApartError
+from apart_hf.export import CONFIG
+from apart_hf.models import default_cfgs
+from apart_hf.strategies import METHODS
+
+FIRST, LAST = "<!-- apart_hf: from here -->", "<!-- apart_hf: to here -->"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a run, or a folder in timm's form, says of its model.
+
+    Args:
+        config: of config.json.
+        history: lines of metrics.jsonl; empty where there is none.
+        has_plot: there is plots/training.png.
+    """
+
+    config: dict[str, Any]
+    history: list[dict[str, float]]
+    has_plot: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Exported:
+        """Raises: ApartError where it is neither."""
+        try:
+            config = json.loads((weights_folder(folder) / CONFIG).read_text())
+            config["architecture"], config["num_classes"], config["pretrained_cfg"]["input_size"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ApartError(
+                f"{folder} is no exported model: its config.json cannot be read ({type(error).__name__}: {error}); "
+                "name the folder of a run, or one that timm saved."
+            ) from error
+        metrics = folder / "metrics.jsonl"
+        history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return cls(config, history, (folder / "plots" / "training.png").exists())
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The "apart" block; empty for a model that was not trained here."""
+        return self.config.get("apart") or {}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the block says of the data."""
+        return self.training.get("data") or {}
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """Split, epoch, top1, top5 and eval_loss of these weights, where metrics are beside them."""
+        return self.training.get("results") if self.history else None
+
+
+def weights_folder(folder: Path) -> Path:
+    """Of a run, the weights of the last epoch; else the folder itself."""
+    return folder / "last" if (folder / "last").is_dir() else folder
+
+
+def model_cards_folder() -> Path:
+    """Where the template and the released models are: in an installed package, or in a checkout."""
+    inside = Path(__file__).parent / "model_cards"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "model_cards"
+
+
+def make_card(
+    folder: Path, repo_id: str, *, compare_with: Path | None = None, previous: str | None = None
+) -> ModelCard:
+    """The card of a run or of a folder in timm's form.
+
+    Args:
+        folder: metrics.jsonl and plots/training.png in it are used where they are.
+        repo_id: the name it gets on the Hub, user/name.
+        compare_with: another run of the same network and data, for a table of both.
+        previous: the text of an earlier card; what was not written by us is kept.
+
+    Raises: ApartError where a folder cannot be read, or the runs cannot be compared.
+    """
+    model = Exported.read(folder)
+    training, method = model.training, model.training.get("method", "")
+    height, width = model.config["pretrained_cfg"]["input_size"][1:]
+    data_name = model.data.get("name")
+    card = ModelCard.from_template(
+        _card_data(model, repo_id), template_path=str(model_cards_folder() / "card.md"),
+        name=repo_id.split("/")[-1], repo_id=repo_id, summary=_summary(model), results=model.results,
+        validate=f"--dataset {data_name}" if data_name else "--data-dir FOLDER", method=method, data_name=data_name,
+        comparison=None if compare_with is None else _comparison(model, Exported.read(compare_with)),
+        is_ours=model.config["architecture"] in default_cfgs, architecture=model.config["architecture"],
+        width=width, height=height, has_names=bool(model.config.get("label_names")), has_plot=model.has_plot,
+        settings=_settings(training), classes=model.config["num_classes"],
+        versions=", ".join(f"{name} {number}" for name, number in training.get("versions", {}).items()),
+        method_summary=METHODS[method].summary.capitalize() if method in METHODS else method,
+    )
+    return card if previous is None else _merged(card, previous)
+
+
+def _card_data(model: Exported, repo_id: str) -> ModelCardData:
+    training, data, results = model.training, model.data, model.results
+    measured = {
+        "task_type": "image-classification",
+        "dataset_type": data["hub_id"] if data.get("whole") else "imagefolder",  # a part is another dataset
+        "dataset_name": training.get("dataset"), "dataset_config": data.get("config"), "metric_type": "accuracy",
+    }
+    return ModelCardData(
+        license=model.config["pretrained_cfg"].get("license"), library_name="timm", pipeline_tag="image-classification",
+        tags=[tag for tag in ("image-classification", "timm", "apart_hf", training.get("method")) if tag],
+        datasets=[data["hub_id"]] if data.get("hub_id") else None, base_model=training.get("base_model"),
+        metrics=["accuracy"] if results else None, model_name=repo_id.split("/")[-1],
+        eval_results=[
+            EvalResult(metric_name=f"top-{k} accuracy (%)", metric_value=results[f"top{k}"],
+                       dataset_split=results["split"], **measured)
+            for k in (1, 5)
+        ] if results else None,
+    )
+
+
+def _summary(model: Exported) -> str:
+    training, size = model.training, "x".join(map(str, model.config["pretrained_cfg"]["input_size"][1:]))
+    text = f"`{model.config['architecture']}` for images of {size} pixels in {model.config['num_classes']} classes"
+    if not training:
+        return text + "."
+    images = f" on {model.data['images']:,} images of {training['dataset']}" if model.data else ""
+    start = f", starting from `{training['base_model']}`" if training.get("base_model") else ""
+    return f"{text}, trained{images} by the method `{training['method']}` of apart_hf{start}."
+
+
+def _settings(training: dict[str, Any]) -> dict[str, str]:
+    """Every setting that is in use, as text."""
+    if not training:
+        return {}
+    hyper = METHODS[training["method"]].hyper_parameters() if training["method"] in METHODS else ()
+    found = {"method": training["method"], **{key: training.get(key) for key in hyper}, **training.get("settings", {})}
+    found |= {key: training.get(key) for key in ("seed", "recipe", "commit")}
+    return {
+        key.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for key, value in found.items() if value is not None and value is not False and value != []
+    }
+
+
+def _comparison(model: Exported, other: Exported) -> list[dict[str, Any]]:
+    """Rows of the other run and of this one."""
+    if not (model.results and other.results):
+        raise ApartError("a comparison needs metrics beside both models; name the folders of runs.")
+    for what, one, two in (
+        ("networks", model.config["architecture"], other.config["architecture"]),
+        ("datasets", model.training["dataset"], other.training["dataset"]),
+        ("splits", model.results["split"], other.results["split"]),
+    ):
+        if one != two:
+            raise ApartError(f"the runs to compare are of the {what} {one!r} and {two!r}; name two of the same.")
+    return [
+        {"method": run.training["method"], "passes": run.training["passes"], "epochs": run.results["epoch"],
+         "top1": run.results["top1"],
+         "difference": "" if run is other else f"{run.results['top1'] - other.results['top1']:+.2f}"}
+        for run in (other, model)
+    ]
+
+
+def _merged(card: ModelCard, previous: str) -> ModelCard:
+    """`card` with the hand-written parts of an earlier card: its text outside our marks, and further metadata."""
+    old = ModelCard(previous, ignore_metadata_errors=True)
+    before, after = "", f"\n\n{old.text.strip()}\n" if old.text.strip() else "\n"
+    if FIRST in old.text and LAST in old.text:
+        before, rest = old.text.split(FIRST, 1)
+        after = rest.split(LAST, 1)[1]
+    ours, theirs = card.data.to_dict(), old.data.to_dict()
+    for key, value in theirs.items():
+        if key in ("tags", "datasets") and isinstance(value, list):
+            kept = [item for item in value if item not in METHODS]  # the method may be another now
+            setattr(card.data, key, list(dict.fromkeys([*(ours.get(key) or []), *kept])))
+        elif key not in ours and key != "model-index":
+            setattr(card.data, key, value)
+    card.text = before.lstrip("\n") + card.text.strip() + after
+    return card

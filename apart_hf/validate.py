@@ -1,0 +1,97 @@
+"""The command that measures a trained model again: python scripts/validate.py --checkpoint user/name --dataset demo"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+from accelerate import Accelerator
+from timm.data import resolve_model_data_config
+
+from apart_hf.card import Exported
+from apart_hf.command_line import Parser, run_command
+from apart_hf.data import DATASETS, DataSettings, Loaders, LoaderSettings, load_image_data
+from apart_hf.errors import ApartError
+from apart_hf.evaluation import evaluate
+from apart_hf.pretrained import find_pretrained, load_pretrained
+from apart_hf.runtime import use_threads
+
+TOLERANCE = 0.05  # per cent of top-1: another machine rounds otherwise
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit code 0 where the claim holds or there is none, 1 where it does not, 2 for bad input."""
+    run_command(lambda prog: _run(_arguments(arguments, prog)))
+
+
+def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
+    parser = Parser(prog=prog, description="Measure a trained model again, and compare with what it claims.")
+    parser.add_argument("--checkpoint", required=True, metavar="NAME",
+                        help="a run or exported folder, a repository user/name, or a model that comes with apart_hf")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository")
+    parser.add_argument("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a Hub id [demo]")
+    parser.add_argument("--data-dir", metavar="DIR", help="local folder instead")
+    parser.add_argument("--val-split", metavar="NAME", help="split to measure on [found]")
+    parser.add_argument("--input-key", metavar="NAME", help="column of the images [found]")
+    parser.add_argument("--target-key", metavar="NAME", help="column of the class indices [found]")
+    parser.add_argument("--streaming", action="store_true", help="read images as they come")
+    parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="[error]")
+    parser.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="[128]")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes [0]")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    found = parser.parse_args(arguments)
+    if found.batch_size < 1 or found.workers < 0:
+        raise ApartError(f"--batch-size {found.batch_size} --workers {found.workers}: at least 1 and 0.")
+    return found
+
+
+def _run(args: argparse.Namespace) -> None:
+    folder = find_pretrained(args.checkpoint, revision=args.revision)
+    model, _ = load_pretrained(args.checkpoint, revision=args.revision)
+    accelerator = Accelerator()
+    use_threads(None, accelerator.num_processes)
+    skip = args.on_bad_image == "skip"
+    data = load_image_data(DataSettings(
+        args.dataset, args.data_dir, train_split=args.val_split, val_split=args.val_split, input_key=args.input_key,
+        target_key=args.target_key, streaming=args.streaming, skip_bad=skip, num_classes=model.num_classes,
+    ))
+    names = model.pretrained_cfg.get("label_names")
+    if names and list(names) != data.class_names:
+        raise ApartError(
+            f"{args.checkpoint} knows other classes ({names[0]!r}, ...) than the data ({data.class_names[0]!r}, ...), "
+            "or in another order; name the data that it was trained on."
+        )
+    settings = LoaderSettings(
+        resolve_model_data_config(model), 1, args.batch_size, workers=args.workers, skip_bad=skip,
+    )
+    # the transform that the folder records, also for images of another size
+    loader = Loaders(data, replace(settings, loader="workers"), accelerator).evaluation(data.val)
+    found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator)}
+    claim = Exported.read(folder).training.get("results")
+    holds = _report(args, found, claim, accelerator)
+    if not holds:
+        sys.exit(1)
+
+
+def _report(args: argparse.Namespace, found: dict, claim: dict | None, accelerator: Accelerator) -> bool:
+    """Print what was measured; whether the claim holds."""
+    comparable = claim is not None and claim["split"] == found["split"]
+    difference = found["top1"] - claim["top1"] if comparable else None
+    holds = difference is None or abs(difference) <= TOLERANCE
+    if args.json:
+        accelerator.print(json.dumps({**found, "claimed": claim, "holds": holds if comparable else None}))
+        return holds
+    accelerator.print(f"{args.checkpoint} on {found['split']}: top-1 {found['top1']:.2f} %, "
+                      f"top-5 {found['top5']:.2f} %, loss {found['eval_loss']:.4f}")
+    if comparable:
+        accelerator.print(f"claimed: top-1 {claim['top1']:.2f} %; {'it holds' if holds else 'it does NOT hold'} "
+                          f"(difference {difference:+.2f})")
+    else:
+        accelerator.print(f"claimed: {'nothing' if claim is None else 'for split ' + repr(claim['split'])}")
+    return holds
+
+
+if __name__ == "__main__":
+    main()
