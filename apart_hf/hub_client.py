@@ -20,12 +20,8 @@ LONGEST_WAIT = 60.0
 
 def transport_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub's HTTP client raises where no answer comes: refused, cut, timed out."""
-    session = huggingface_hub.get_session() if hasattr(huggingface_hub, "get_session") else None
-    name = "requests" if session is None else type(session).__module__.split(".")[0]
-    client = importlib.import_module(name)
-    if hasattr(client, "TransportError"):  # httpx, httpx2
-        return (client.TransportError,)
-    return (client.exceptions.ConnectionError, client.exceptions.Timeout)
+    client = type(huggingface_hub.get_session()).__module__.split(".")[0]  # httpx2 in 2.4, httpx before
+    return (importlib.import_module(client).TransportError,)
 
 
 def attempt(

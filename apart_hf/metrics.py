@@ -27,4 +27,4 @@ class TopKAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references):
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        return {"top1": 100.0 * hits[:, 0].mean(), "top5": 100.0 * hits[:, :K].any(1).mean()}
+        return {"top1": float(100.0 * hits[:, 0].mean()), "top5": float(100.0 * hits[:, :K].any(1).mean())}

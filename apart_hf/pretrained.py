@@ -33,11 +33,12 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
         with the one that config.json records (a folder that records none is loaded as it is).
     """
     folder = find_pretrained(name, revision=revision)
-    recorded = (json.loads((folder / CONFIG).read_text()).get("apart") or {}).get("sha256")
-    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
+    if not _intact(folder):
+        folder = find_pretrained(name, revision=revision, afresh=True)  # what the cache holds may be damaged alone
+    if not _intact(folder):
         raise ApartError(
-            f"the weights of {name} are damaged: their sha256 is not {recorded[:12]}..., as recorded; remove "
-            f"{folder / WEIGHTS} and load them again."
+            f"the weights of {name} are damaged: the sha256 of {folder / WEIGHTS} is not that in config.json; "
+            "export or push them again."
         )
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -48,8 +49,20 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
     return model, transform
 
 
-def find_pretrained(name: str, *, revision: str | None = None) -> Path:
-    """The local folder of a model, fetched from the Hub where `name` is neither a released model nor a folder."""
+def _intact(folder: Path) -> bool:
+    recorded = (json.loads((folder / CONFIG).read_text()).get("apart") or {}).get("sha256")
+    return recorded in (None, sha256(folder / WEIGHTS))
+
+
+def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = False) -> Path:
+    """The local folder of a model, fetched from the Hub where `name` is neither a released model nor a folder.
+
+    Args:
+        name, revision: see `load_pretrained`.
+        afresh: fetch again what the cache holds.
+
+    Raises: ApartError where there is none.
+    """
     released = model_cards_folder() / name
     if name in list_pretrained():
         return released
@@ -63,8 +76,9 @@ def find_pretrained(name: str, *, revision: str | None = None) -> Path:
         raise unknown_name("pretrained model", name, list_pretrained())
 
     def fetch() -> Path:
-        hf_hub_download(name, WEIGHTS, revision=revision)
-        return Path(hf_hub_download(name, CONFIG, revision=revision)).parent
+        for file in (WEIGHTS, CONFIG):
+            path = hf_hub_download(name, file, revision=revision, force_download=afresh)
+        return Path(path).parent
 
     try:
         return attempt(fetch, name)

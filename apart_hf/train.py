@@ -115,7 +115,13 @@ def train(config: TrainConfig) -> Path:
     say(f"done: top-1 {result['top1']:.2f} % on {data.held_out.name}. Load it with "
         f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
     if config.push_to_hub is not None and accelerator.is_main_process:
-        say(f"pushed: {push(run.folder, config.push_to_hub)}")
+        try:
+            say(f"pushed: {push(run.folder, config.push_to_hub)}")
+        except ApartError as error:
+            raise ApartError(
+                f"the run is complete, but not pushed: {error} The command: python scripts/push_to_hub.py {run.folder} "
+                f"{config.push_to_hub}"
+            ) from error
     return run.folder
 
 

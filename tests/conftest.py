@@ -1,21 +1,39 @@
 import os
+import socket
+import tempfile
 
-# before any library reads them: no test reaches out, and logs stay short
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# Before any library reads them: no test reaches out, and logs stay short. The Hub is a server on loopback, which the
+# fixture `hub` starts at this address.
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    HUB_PORT = free.getsockname()[1]
+os.environ |= {
+    "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HOME": tempfile.mkdtemp(prefix="apart_hf-tests-"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+}
+os.environ.pop("HF_TOKEN", None)
+
+import shutil
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from tests.helpers import batch, build
+from tests.hub_server import HubServer
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
 
 
 def pytest_addoption(parser):
     parser.addoption("--report", help="file for the table that slow tests make")
+
+
+def pytest_sessionfinish(session):
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +44,23 @@ def a_process_of_its_own():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The clients of this process and of those it starts try to reach the Hub, whether it is there or not."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+
+
+@pytest.fixture
+def hub(online):
+    """A Hub on loopback, and a token that may write to `user` and `team`."""
+    with HubServer(HUB_PORT) as server:
+        yield server
+        huggingface_hub.close_session()  # or its open connections would go on to this server
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def demo_rows(split):
 def run(*command, cwd="/", **env):
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | env,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
     )
 
 
