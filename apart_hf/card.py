@@ -73,18 +73,15 @@ def model_cards_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / "model_cards"
 
 
-def make_card(
-    folder: Path, repo_id: str, *, compare_with: Path | None = None, previous: str | None = None
-) -> ModelCard:
+def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> ModelCard:
     """The card of a run or of a folder in timm's form.
 
     Args:
         folder: metrics.jsonl and plots/training.png in it are used where they are.
         repo_id: the name it gets on the Hub, user/name.
-        compare_with: another run of the same network and data, for a table of both.
         previous: the text of an earlier card; what was not written by us is kept.
 
-    Raises: ApartError where a folder cannot be read, or the runs cannot be compared.
+    Raises: ApartError where the folder cannot be read.
     """
     model = Exported.read(folder)
     training, method = model.training, model.training.get("method", "")
@@ -94,7 +91,7 @@ def make_card(
         _card_data(model, repo_id), template_path=str(model_cards_folder() / "card.md"),
         name=repo_id.split("/")[-1], repo_id=repo_id, summary=_summary(model), results=model.results,
         validate=f"--dataset {data_name}" if data_name else "--data-dir FOLDER", method=method, data_name=data_name,
-        comparison=None if compare_with is None else _comparison(model, Exported.read(compare_with)),
+        comparison=[training["compared_with"], _row(model)] if model.results and "compared_with" in training else None,
         is_ours=model.config["architecture"] in default_cfgs, architecture=model.config["architecture"],
         width=width, height=height, has_names=bool(model.config.get("label_names")), has_plot=model.has_plot,
         settings=_settings(training), classes=model.config["num_classes"],
@@ -147,8 +144,12 @@ def _settings(training: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _comparison(model: Exported, other: Exported) -> list[dict[str, Any]]:
-    """Rows of the other run and of this one."""
+def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
+    """What the record of `folder` keeps of another run of the same network and data.
+
+    Raises: ApartError where a folder cannot be read, or the two cannot be compared.
+    """
+    model, other = Exported.read(folder), Exported.read(other_folder)
     if not (model.results and other.results):
         raise ApartError("a comparison needs metrics beside both models; name the folders of runs.")
     for what, one, two in (
@@ -158,12 +159,12 @@ def _comparison(model: Exported, other: Exported) -> list[dict[str, Any]]:
     ):
         if one != two:
             raise ApartError(f"the runs to compare are of the {what} {one!r} and {two!r}; name two of the same.")
-    return [
-        {"method": run.training["method"], "passes": run.training["passes"], "epochs": run.results["epoch"],
-         "top1": run.results["top1"],
-         "difference": "" if run is other else f"{run.results['top1'] - other.results['top1']:+.2f}"}
-        for run in (other, model)
-    ]
+    return _row(other)
+
+
+def _row(model: Exported) -> dict[str, Any]:
+    return {"method": model.training["method"], "passes": model.training["passes"], "epochs": model.results["epoch"],
+            "top1": model.results["top1"]}
 
 
 def _merged(card: ModelCard, previous: str) -> ModelCard:

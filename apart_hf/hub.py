@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 
-from apart_hf.card import Exported, make_card, weights_folder
+from apart_hf.card import Exported, comparison, make_card, weights_folder
 from apart_hf.errors import ApartError
-from apart_hf.export import CONFIG, WEIGHTS, probe, sha256
+from apart_hf.export import CONFIG, WEIGHTS, probe, sha256, update_record
 from apart_hf.hub_client import attempt
 from apart_hf.models import default_cfgs
 from apart_hf.pretrained import load_pretrained
@@ -75,10 +75,12 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
         config = json.loads((staged / CONFIG).read_text())
         config["pretrained_cfg"]["license"] = options.license
         (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if options.compare_with is not None:
+        update_record(staged, compared_with=comparison(staged, options.compare_with))
     here = staged / CARD
     if previous is None and here.exists():
         previous = here.read_text()
-    card = make_card(staged, repo_id, compare_with=options.compare_with, previous=previous)
+    card = make_card(staged, repo_id, previous=previous)
     card.save(here)
     return staged
 
@@ -171,7 +173,7 @@ def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     def download() -> str | None:
         try:
             return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text()
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return None
 
     return attempt(download, repo_id)

@@ -8,7 +8,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from apart_hf.errors import ApartError
 
@@ -16,6 +24,7 @@ Result = TypeVar("Result")
 TRIES = 5
 FIRST_WAIT = 0.5  # seconds; doubled at each try
 LONGEST_WAIT = 60.0
+PATIENCE = 20.0  # seconds after which nothing is tried again: some calls the client itself repeats for that long
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
@@ -37,18 +46,20 @@ def attempt(
 
     Raises: ApartError with the cause and the cure.
     """
-    lost, number = transport_errors(), 0
+    lost, number, start = transport_errors(), 0, time.monotonic()
     while True:
         number += 1
         try:
             return call()
         except OfflineModeIsEnabled as error:
             raise ApartError("HF_HUB_OFFLINE is set; unset it to reach the Hub, then run this again.") from error
-        except (HfHubHTTPError, RuntimeError, *lost) as error:
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
+            raise  # what is missing is known to the caller
+        except (HfHubHTTPError, LocalEntryNotFoundError, RuntimeError, *lost) as error:
             status = _status(error)
             if status is not None and status < 500 and status != 429:
                 raise _refused(error, status, repo_id) from error
-            last = number == TRIES or not (again or status == 429)
+            last = number == TRIES or time.monotonic() - start > PATIENCE or not (again or status == 429)
             found = _asked(arrived) if arrived is not None else None
             if found is not None:
                 return found
@@ -64,9 +75,12 @@ def _asked(arrived: Callable[[], Result | None]) -> Result | None:
         return None  # not known; asked again after the next try
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException | None) -> int | None:
+    """Of the answer that the error is about, or its cause is: that of an upload or a download is wrapped."""
+    if error is None:
+        return None
     response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+    return _status(error.__cause__) if response is None else response.status_code
 
 
 def _wait(error: Exception, number: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from torch import nn
 
 from apart_hf.card import model_cards_folder, weights_folder
@@ -82,5 +82,7 @@ def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = Fa
 
     try:
         return attempt(fetch, name)
-    except EntryNotFoundError as error:
+    except RemoteEntryNotFoundError as error:
         raise ApartError(f"{name} lacks {CONFIG} or {WEIGHTS}; it is no model in timm's form.") from error
+    except RevisionNotFoundError as error:
+        raise ApartError(f"{name} has no revision {revision!r}; name a branch, tag or commit of it.") from error

@@ -262,6 +262,25 @@ def test_a_pull_request_is_not_opened_twice(hub, quickly, folder):
     assert len(hub.pull_requests(ID)) == 1
 
 
+def test_a_card_that_cannot_be_read_is_not_overwritten(hub, quickly, folder):
+    """Where the card that is there is out of reach, its hand-written parts would be lost."""
+    push(folder, ID)
+    hub.put(ID, {"README.md": b"# All mine"})
+    hub.fail("/resolve/", cut=True, times=None)
+    with pytest.raises(ApartError, match="the Hub gave no answer"):
+        push(folder, ID)
+    assert hub.files(ID)["README.md"] == b"# All mine"
+    with pytest.raises(ApartError, match="the Hub gave no answer"):
+        load_pretrained(ID)
+
+
+def test_an_upload_that_is_refused(hub, quickly, folder):
+    hub.fail("/lfs/", status=403, times=None)
+    with pytest.raises(ApartError, match="may not write to"):
+        push(folder, ID)
+    assert arrived(hub) == set()
+
+
 def test_a_cut_upload(hub, quickly, folder):
     """The client tries five times, which takes a while; then the line, and the rerun."""
     hub.fail("/lfs/", cut=True, cut_after=1000, times=1)
@@ -300,6 +319,11 @@ def test_a_gated_repository(hub, folder):
         load_pretrained("someone/gated")
     with pytest.raises(ApartError, match="someone/nothing does not exist, or this account may not see it"):
         load_pretrained("someone/nothing")
+    hub.put("user/empty", {"a": b""})
+    with pytest.raises(ApartError, match=r"user/empty lacks config\.json or model\.safetensors"):
+        load_pretrained("user/empty")
+    with pytest.raises(ApartError, match="user/empty has no revision 'v9'"):
+        load_pretrained("user/empty", revision="v9")
 
 
 def test_no_hub_and_offline(online, folder, monkeypatch):

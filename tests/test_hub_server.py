@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -125,7 +126,7 @@ def test_timm_loads_what_it_pushed(hub, client):
 import timm, torch
 from timm.models import save_for_hf
 model = timm.create_model("test_resnet", num_classes=3).eval()
-save_for_hf(model, work / "model", model_config={"label_names": ["a", "b", "c"]})
+save_for_hf(model, work / "model", model_config={"label_names": ["a", "b", "c"]}, safe_serialization=True)
 api.create_repo("user/m")
 api.upload_folder(repo_id="user/m", folder_path=work / "model")
 images = torch.rand(2, 3, 64, 64)
@@ -134,12 +135,12 @@ with torch.no_grad():
     seen["same"] = torch.equal(timm.create_model("hf_hub:user/m", pretrained=True).eval()(images), model(images))
 """)
     assert seen == {"labels": ["a", "b", "c"], "same": True}
+    assert {method for method, path in hub.requests if "/lfs/" in path} == {"POST", "PUT"}
+    assert "model.safetensors" in hub.files("user/m")
 
 
 def parquet(rows):
     """A few images with labels, as `datasets` writes them."""
-    import datasets
-
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     file = io.BytesIO()
     images = [Image.new("RGB", (8, 8), (9 * row, 0, 0)) for row in range(rows)]

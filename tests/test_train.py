@@ -265,5 +265,7 @@ def test_the_wheel_works_elsewhere(tmp_path):
     result = run(sys.executable, "-m", "apart_hf.train", *FAST, "--output", tmp_path / "out",
                  PYTHONPATH=str(tmp_path / "site"))
     assert result.returncode == 0, result.stderr
-    where = run(sys.executable, "-c", "import apart_hf; print(apart_hf.__file__)", PYTHONPATH=str(tmp_path / "site"))
-    assert where.stdout.startswith(str(tmp_path))
+    code = ("import apart_hf as a; "
+            "print(a.__file__, [a.load_pretrained(name)[0].num_classes for name in a.list_pretrained()])")
+    where = run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path / "site"))
+    assert where.stdout.startswith(str(tmp_path)) and "[10, 10]" in where.stdout, where.stderr
