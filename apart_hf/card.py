@@ -127,6 +127,8 @@ def _summary(model: Exported) -> str:
     if not training:
         return text + "."
     images = f" on {model.data['images']:,} images of {training['dataset']}" if model.data else ""
+    if model.data.get("hub_id") and not model.data.get("whole"):
+        images += f" (a part of {model.data['hub_id']})"
     start = f", starting from `{training['base_model']}`" if training.get("base_model") else ""
     return f"{text}, trained{images} by the method `{training['method']}` of apart_hf{start}."
 

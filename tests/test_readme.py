@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from apart_hf import push, validate
 from apart_hf.command_line import parse_arguments
 from apart_hf.data import DATASETS
 from apart_hf.recipes import RECIPES
@@ -34,8 +35,9 @@ def test_every_train_command_parses():
 
 
 def test_every_flag_exists(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+    for command in (parse_arguments, push.main, validate.main):
+        with pytest.raises(SystemExit):
+            command(["--help"])
     flags = capsys.readouterr().out
     prose = re.sub(r"```.*?```|`python [^`]*`", "", README, flags=re.S)  # other programs have flags of their own
     assert all(flag in flags for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose))
