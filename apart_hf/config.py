@@ -169,6 +169,16 @@ class TrainConfig:
     eval_metric: str = _text("top1", "run", "what best/ is chosen by", choices=EVAL_METRICS)
     expect_processes: int | None = _int(None, "run", "fail unless so many processes were started")
     threads: int | None = _int(None, "run", "CPU threads a process [OMP_NUM_THREADS, or all cores]")
+    resume: str | None = _text(
+        None, "run", "go on exactly from the last checkpoint: of this folder, or auto: of the run of this name, which "
+        "starts anew where there is none", metavar="auto|FOLDER"
+    )
+    override: bool = _flag("run", "resume although settings have changed")
+    checkpoint_every: str | None = _text(
+        None, "run", "write a checkpoint every N steps, or every so many minutes (10m), and after every epoch [epochs]",
+        metavar="N|Nm",
+    )
+    checkpoint_hist: int = _int(2, "run", "how many of the latest checkpoints are kept")
     output: str = _text("output", "run", "folder of all runs", metavar="DIR")
     experiment: str | None = _text(None, "run", "folder of this run in it [DATASET-MODEL-METHOD]", metavar="NAME")
     log_interval: int = _int(50, "run", "steps between lines where there is no terminal for a progress bar")
@@ -184,7 +194,7 @@ class TrainConfig:
             "seed": 0, "cutmix": 0, "color_jitter": 0, "reprob": 0, "drop": 0, "drop_path": 0, "every": 1,
             "grad_accum_steps": 1, "expect_processes": 1, "model_ema_decay": 0,
             "min_lr": 0, "warmup_lr": 0, "validation_batch_size": 1, "shuffle_buffer": 1, "train_num_samples": 1,
-            "lr_base": 0, "lr_base_size": 1,
+            "lr_base": 0, "lr_base_size": 1, "checkpoint_hist": 1,
         }
         for name, least in limits.items():
             value = getattr(self, name)
@@ -219,6 +229,7 @@ class TrainConfig:
         for pair in self.model_kwargs or ():
             if not pair.partition("=")[0].isidentifier() or "=" not in pair:
                 raise ApartError(f"--model-kwargs {pair!r}: needs KEY=VALUE, for instance drop_block_rate=0.1.")
+        self.checkpoint_interval  # noqa: B018  raises where it cannot be read
         if self.aa is not None and self.color_jitter:
             raise ApartError("--aa and --color-jitter exclude each other in timm; leave one of them out.")
         if self.reprob > 1:
@@ -227,6 +238,20 @@ class TrainConfig:
             raise ApartError(f"mixup and cutmix mix pairs; --batch-size {self.batch_size} is odd, take an even one.")
         if self.experiment is not None and Path(self.experiment).name != self.experiment:
             raise ApartError(f"--experiment {self.experiment!r}: must be a plain folder name; its parent is --output.")
+
+    @property
+    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+        """(steps, seconds) between checkpoints within an epoch; both None: none there.
+
+        Raises: ApartError where `checkpoint_every` is neither.
+        """
+        text = self.checkpoint_every
+        if text is None:
+            return None, None
+        number = text.removesuffix("m")
+        if not number.isascii() or not number.isdigit() or int(number) < 1:
+            raise ApartError(f"--checkpoint-every {text!r}: a number of steps, such as 500, or of minutes: 10m.")
+        return (int(number), None) if number == text else (None, 60.0 * int(number))
 
     @property
     def dataset_name(self) -> str:

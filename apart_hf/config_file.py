@@ -11,7 +11,7 @@ import yaml
 
 from apart_hf.errors import ApartError, unknown_name
 
-NOT_SETTINGS = ("config", "print_config")  # flags that say what to do with the others
+NOT_SETTINGS = ("config", "print_config", "resume", "override")  # flags that say what to do with the others
 
 
 def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def export_folder(
     """
     folder = Path(folder)
     plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors takes nothing else
+    if "_original_forward" in vars(plain):  # Accelerate's, for 16-bit arithmetic
+        del plain.forward, plain._original_forward
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run leaves: OUTPUT/EXPERIMENT/ with config.yaml, metrics.jsonl, best/, last/, plots/ and test.json."""
+"""What a run leaves in OUTPUT/EXPERIMENT/: settings, metrics, best/, last/, plots/, checkpoints/, test.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 
+from apart_hf.checkpoint import Checkpoints
 from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
 from apart_hf.data import ImageData
 from apart_hf.errors import ApartError
 from apart_hf.export import export_folder, update_record
 from apart_hf.plots import plot_training
+from apart_hf.resume import check_unchanged, lock
 from apart_hf.trainer import Trainer
 
 
@@ -33,7 +35,11 @@ class RunFolder:
         record: what the exported folders say of the training, see `training_record`.
         accelerator: only its main process writes.
 
-    Raises: ApartError where the folder exists or cannot be made; then nothing was written.
+    With `config.resume`, the folder of an earlier run is gone on with: `checkpoint` is where, and `history` what it had
+    recorded by then.
+
+    Raises: ApartError where the folder exists or cannot be made (then nothing was written), is in use, or belongs to a
+        run with other settings.
     """
 
     def __init__(
@@ -44,14 +50,71 @@ class RunFolder:
         self.history: list[dict[str, float]] = []
         self.folder = _make_folder(config, accelerator)
         self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", accelerator, keep=config.checkpoint_hist)
+        self.checkpoint, problems = self.checkpoints.newest()
         settings = dataclasses.asdict(config)
+        self._open(settings)
+        for problem in problems:
+            accelerator.print(f"checkpoint {problem}")
         if config.report_to:
             accelerator.project_configuration.logging_dir = str(self.folder)
             scalars = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
             accelerator.init_trackers("trackers", config=scalars)
-        if accelerator.is_main_process:
-            (self.folder / "config.yaml").write_text(write_config(settings))
-            (self.folder / "plots").mkdir()
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        """Lock the folder, and check or write its settings; all processes learn of a problem."""
+        problem = ""
+        if self.accelerator.is_main_process:
+            try:
+                self._lock = lock(self.folder)
+                if self.checkpoint is not None:
+                    check_unchanged(self.folder, settings, self.config.override)
+                else:
+                    (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+                (self.folder / "config.yaml").write_text(write_config(settings))
+                (self.folder / "plots").mkdir(exist_ok=True)
+            except ApartError as error:
+                problem = str(error)
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            raise ApartError(problem)
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Bring `trainer` to where the checkpoint is; whether anything is left to do.
+
+        Raises: ApartError where the checkpoint is of another number of processes.
+        """
+        if self.checkpoint is None:
+            return True
+        shared, own = self.checkpoints.read(self.checkpoint)
+        if shared["processes"] != self.accelerator.num_processes:
+            raise ApartError(
+                f"{self.checkpoint} is of {shared['processes']} process(es), and {self.accelerator.num_processes} were "
+                "started: each goes on with random numbers and sums of its own; start as many."
+            )
+        self.checkpoints.restore(self.checkpoint)
+        trainer.load_state(shared, own)
+        self.history = shared["history"]
+        if self.accelerator.is_main_process:  # without what was recorded after the checkpoint
+            new = self.folder / ".metrics.jsonl"
+            new.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            new.replace(self.folder / "metrics.jsonl")
+        done = trainer.epoch >= self.config.epochs or (
+            self.config.max_steps is not None and trainer.steps >= self.config.max_steps
+        )
+        return not done or (self.data.test is not None and not (self.folder / "test.json").exists())
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint; where that fails, say so and go on."""
+        shared, own = trainer.state()
+        problem = self.checkpoints.save(trainer.steps, {**shared, "history": self.history}, own)
+        if problem is not None:
+            kept, _ = self.checkpoints.newest()
+            stays = f"{kept.name} stays" if kept else "there is none yet"
+            self.accelerator.print(
+                f"warning: no checkpoint at step {trainer.steps} ({problem}); {stays}, and training goes on. Make room "
+                f"in {self.folder}.", flush=True
+            )
 
     def add(self, metrics: dict[str, float], model: nn.Module) -> None:
         """Record one epoch: a line of metrics, the weights as last/ and, where top-1 is highest so far, as best/."""
@@ -116,32 +179,40 @@ class RunFolder:
         return max(reversed(self.history), key=lambda line: sign * line[metric])
 
     def discard_if_empty(self) -> None:
-        """Remove the folder of a run that was refused before its first epoch ended."""
-        if self.accelerator.is_main_process and not self.history:
+        """Remove the folder of a run that was refused before its first epoch or checkpoint."""
+        if self.accelerator.is_main_process and not self.history and not self.checkpoints.all():
             shutil.rmtree(self.folder)
 
 
 def _make_folder(config: TrainConfig, accelerator: Accelerator) -> Path:
-    name, problem = config.experiment or _free_name(config), ""
-    if accelerator.is_main_process:
-        folder = Path(config.output) / name
+    folder, problem = Path(config.output) / (config.experiment or _name(config)), ""
+    if config.resume not in (None, "auto"):
+        folder = Path(config.resume)
+        if not (folder / "checkpoints").is_dir():
+            problem = f"--resume {folder}: there is no checkpoint; name a run's folder, or use --resume auto."
+    elif config.resume is None and config.experiment is None:
+        folder = _free(folder)
+    if accelerator.is_main_process and not problem:
         try:
-            folder.mkdir(parents=True, exist_ok=False)
+            folder.mkdir(parents=True, exist_ok=config.resume is not None)
         except FileExistsError:
-            problem = f"{folder} exists already; choose another --experiment or --output."
+            problem = f"{folder} exists already; choose another --experiment or --output, or go on with it by --resume."
         except OSError as error:
             problem = f"cannot write {folder}: {error.strerror}; choose another --output."
-    name, problem = broadcast_object_list([name, problem])
+    folder, problem = broadcast_object_list([str(folder), problem])
     if problem:
         raise ApartError(problem)
-    return Path(config.output) / name
+    return Path(folder)
 
 
-def _free_name(config: TrainConfig) -> str:
-    """DATASET-MODEL-METHOD, numbered where such a run is there already."""
-    name = "-".join(part.replace("/", "_") for part in (config.dataset_name, config.model, config.method))
-    taken, number = name, 1
-    while (Path(config.output) / taken).exists():
+def _name(config: TrainConfig) -> str:
+    return "-".join(part.replace("/", "_") for part in (config.dataset_name, config.model, config.method))
+
+
+def _free(folder: Path) -> Path:
+    """The folder, numbered where such a run is there already."""
+    taken, number = folder, 1
+    while taken.exists():
         number += 1
-        taken = f"{name}-{number}"
+        taken = folder.with_name(f"{folder.name}-{number}")
     return taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from apart_hf.config_file import write_config
 from apart_hf.data import DATASETS, DataSettings, ImageData, Loaders, LoaderSettings, load_image_data
 from apart_hf.errors import ApartError
 from apart_hf.hub import check_access, push
+from apart_hf.interruption import EXIT_CODE, Interrupted, Schedule, StopRequest
 from apart_hf.models import is_registered_here
 from apart_hf.record import training_record
 from apart_hf.resolve import check_names, resolve, settle
@@ -36,7 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(config: TrainConfig) -> None:
     if not config.print_config:
-        train(config)
+        try:
+            train(config)
+        except Interrupted as stopped:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         return
     check_names(config)
     print(write_config(dataclasses.asdict(settle(config))), end="")
@@ -100,9 +107,19 @@ def train(config: TrainConfig) -> Path:
         if mixes else None,
         every=config.every, ema=ema, skip_bad=config.on_bad_image == "skip",
     )
+    if not run.restore(trainer):
+        say(f"{run.folder} is finished: {trainer.epoch} epochs, {trainer.steps} steps.")
+        return run.folder
+    if run.checkpoint is not None:
+        say(f"resumed from {run.checkpoint}: epoch {trainer.epoch + 1}, {trainer.batch} batches in.")
+    stop = StopRequest(accelerator)
+    trainer.after_step = Schedule(config.checkpoint_interval, run, trainer, stop)
     try:
-        for metrics in trainer.fit(config.epochs, config.max_steps):
-            run.add(metrics, trainer.evaluated)
+        with stop.listening():
+            for metrics in trainer.fit(config.epochs, config.max_steps):
+                run.add(metrics, trainer.evaluated)
+                run.save(trainer)
+                trainer.after_step.check()
     except Exception as error:
         run.discard_if_empty()
         if "Expected more than 1 value per channel" in str(error):  # torch's, in a plain pass

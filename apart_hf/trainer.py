@@ -14,6 +14,7 @@ from accelerate.utils import broadcast, tqdm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from apart_hf.checkpoint import set_random_state
 from apart_hf.evaluation import evaluate
 
 
@@ -35,6 +36,10 @@ class Trainer:
         ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
         skip_bad: the loaders pass over bad images; each epoch's metrics count them.
+        after_step: called after each optimizer step, when all of `state` is as it will be found again.
+        steps, epoch, batch, totals: how far it is: optimizer steps in all; whole epochs; batches of this epoch, and
+            their sums of loss, hits and samples.
+        random: state of the random numbers to go on from in the midst of an epoch, see `load_state`.
     """
 
     accelerator: Accelerator
@@ -51,18 +56,24 @@ class Trainer:
     ema: ModelEmaV3 | None = None
     log_interval: int = 50
     skip_bad: bool = False
+    after_step: Callable[[], None] | None = None
     steps: int = 0
+    epoch: int = 0
+    batch: int = 0
+    totals: Tensor | None = None
+    random: dict[str, Any] | None = None
 
     def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[dict[str, float]]:
         """Train, yielding each epoch's metrics (see `metrics.jsonl`) after its evaluation."""
-        for epoch in range(epochs):
+        for epoch in range(self.epoch, epochs):
             self.train_loader.set_epoch(epoch)
             dataset = self.train_loader.dataset
             if hasattr(dataset, "set_epoch"):  # on several processes Accelerate does not pass it on
                 dataset.set_epoch(epoch)
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
             lr = self.optimizer.param_groups[0]["lr"]
-            metrics = {"epoch": epoch + 1, **trained, **self.evaluate(self.val_loader), "lr": lr}
+            self.epoch, self.batch, self.totals = epoch + 1, 0, None
+            metrics = {"epoch": self.epoch, **trained, **self.evaluate(self.val_loader), "lr": lr}
             if self.skip_bad:
                 metrics["train_skipped"] = self._skipped(self.train_loader)
                 metrics["eval_skipped"] = self._skipped(self.val_loader)
@@ -103,14 +114,18 @@ class Trainer:
     def train_epoch(self, title: str, max_steps: int | None = None) -> dict[str, float]:
         """One pass over the training data. Means are over all samples of all processes."""
         self.model.train()
-        totals = torch.zeros(3, device=self.accelerator.device)  # loss sum, hits, samples
-        processes, shown, start = self.accelerator.num_processes, 0, time.perf_counter()
+        if self.totals is None:
+            self.totals = torch.zeros(3, device=self.accelerator.device)  # loss sum, hits, samples
+        totals, first = self.totals, self.batch
+        seen_before = totals[2].item()
+        processes, shown, start = self.accelerator.num_processes, first, time.perf_counter()
         on_terminal = sys.stderr.isatty()
         accumulated = self.accelerator.gradient_accumulation_steps
         rest = len(self.train_loader) % accumulated  # batches in the last step of the epoch, where they are fewer
-        bar = tqdm(self.train_loader, main_process_only=True, desc=title, unit="step", leave=False,
+        bar = tqdm(self._batches(), main_process_only=True, desc=title, unit="step", leave=False, initial=first,
+                   total=len(self.train_loader),
                    disable=not (on_terminal and self.accelerator.is_local_main_process))
-        for step, (images, labels) in enumerate(bar, start=1):
+        for step, (images, labels) in enumerate(bar, start=first + 1):
             targets = labels
             if self.mixup is not None:
                 images, targets = self.mixup(images, labels)
@@ -119,10 +134,13 @@ class Trainer:
             loss, output = self.train_step(images, targets, accumulated / rest if in_rest else 1.0)
             hits = (output.argmax(-1) == labels).sum()
             totals += torch.stack([loss * len(images), hits, hits.new_tensor(len(images))]).to(totals)
+            self.batch = step
+            if self.accelerator.sync_gradients and self.after_step is not None:
+                self.after_step()
             last = max_steps is not None and self.steps >= max_steps
             if step - shown >= self.log_interval or (on_terminal and step - shown >= 5):
                 loss_sum, correct, seen = totals.tolist()
-                rate = seen * processes / (time.perf_counter() - start)
+                rate = (seen - seen_before) * processes / (time.perf_counter() - start)
                 figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, {rate:.0f} images/s"
                 shown = step
                 if on_terminal:
@@ -135,9 +153,43 @@ class Trainer:
         loss_sum, correct, seen = self.accelerator.reduce(totals, "sum").tolist()
         seconds = time.perf_counter() - start
         return {
-            "train_loss": loss_sum / seen, "train_top1": 100 * correct / seen, "images_per_second": seen / seconds,
-            "seconds": seconds,
+            "train_loss": loss_sum / seen, "train_top1": 100 * correct / seen,
+            "images_per_second": (seen - seen_before * processes) / seconds, "seconds": seconds,
         }
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of this epoch that are still to come."""
+        loader = self.train_loader
+        if self.batch:
+            loader = self.accelerator.skip_first_batches(loader, self.batch)
+            loader.set_epoch(self.epoch)
+        for batch in loader:
+            if self.random is not None:  # making the loader drew from them
+                set_random_state(self.random)
+                self.random = None
+            yield batch
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What Accelerate does not keep: (of all processes, of this one)."""
+        shared = {
+            "steps": self.steps, "epoch": self.epoch, "batch": self.batch,
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        totals = None if self.totals is None else self.totals.cpu()
+        return shared, {"totals": totals, "strategy": self.strategy.state_dict()}
+
+    def load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        """The reverse of `state`, with the random numbers of `own`."""
+        self.steps, self.epoch, self.batch = shared["steps"], shared["epoch"], shared["batch"]
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(shared["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(shared["ema"])
+        self.strategy.load_state_dict(own["strategy"])
+        self.totals = None if own["totals"] is None else own["totals"].to(self.accelerator.device)
+        self.random = own["random"] if self.batch else None
+        set_random_state(own["random"])
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable) -> dict[str, float]:

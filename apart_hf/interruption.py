@@ -1,0 +1,103 @@
+"""Signals that ask a run to stop: it finishes its step and writes a checkpoint; a second one stops it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+if TYPE_CHECKING:
+    from apart_hf.run_folder import RunFolder
+    from apart_hf.trainer import Trainer
+
+EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and can be resumed."""
+
+
+class StopRequest:
+    """Whether any process of the run was asked to stop."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.name = accelerator, ""
+
+    def __bool__(self) -> bool:
+        """Asked of all processes at the same step, so that they stop together."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.name)
+        asked = torch.tensor(int(bool(self.name)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum"))
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, the first signal is noted and the second one has its usual effect."""
+        def note(number: int, frame) -> None:
+            self.name = signal.Signals(number).name
+            for one, usual in before.items():
+                signal.signal(one, signal.SIG_DFL if one is not signal.SIGINT else usual)
+
+        try:
+            before = {number: signal.signal(number, note) for number in SIGNALS}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Schedule:
+    """What is done after each optimizer step: a checkpoint where one is due, or where the run is to stop.
+
+    Args:
+        interval: (steps, seconds) between checkpoints; None: not by that.
+        run: the folder, which saves.
+        trainer: what is saved.
+        stop: whether to stop.
+    """
+
+    def __init__(
+        self, interval: tuple[int | None, float | None], run: RunFolder, trainer: Trainer, stop: StopRequest
+    ):
+        self.steps, self.seconds = interval
+        self.run, self.trainer, self.stop = run, trainer, stop
+        self.last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Raises: Interrupted after the checkpoint of a run that is to stop."""
+        stopping = bool(self.stop)
+        if stopping or self._due():
+            self.run.save(self.trainer)
+            self.last = time.monotonic()
+        if stopping:
+            raise self._interrupted()
+
+    def check(self) -> None:
+        """After an epoch, whose checkpoint has been written. Raises: Interrupted where the run is to stop."""
+        self.last = time.monotonic()
+        if self.stop:
+            raise self._interrupted()
+
+    def _due(self) -> bool:
+        if self.steps is not None:
+            return self.trainer.steps % self.steps == 0
+        if self.seconds is None:
+            return False
+        due = time.monotonic() - self.last >= self.seconds
+        return broadcast_object_list([due])[0]  # the clock of one process counts
+
+    def _interrupted(self) -> Interrupted:
+        kept, _ = self.run.checkpoints.newest()
+        name = self.stop.name or "a signal to another process"
+        return Interrupted(f"stopped by {name} after step {self.trainer.steps}; the last checkpoint is {kept}.")

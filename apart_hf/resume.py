@@ -1,0 +1,58 @@
+"""Which run a command goes on with, whether it may, and that no other process is at it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from apart_hf.errors import ApartError
+
+# what may differ between a run and its resumption: where and how it runs, not what it computes
+FREE = {
+    "config", "print_config", "resume", "override", "output", "experiment", "checkpoint_every", "checkpoint_hist",
+    "log_interval", "report_to", "log_wandb", "push_to_hub", "license", "workers", "threads", "expect_processes",
+    "data_dir", "recipe",
+}
+
+
+def lock(folder: Path) -> IO[str]:
+    """Take the lock of a run's folder; it is held until the file is closed or the process ends, however it ends.
+
+    Raises: ApartError where another process holds it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  held for the life of the run
+    try:
+        # of the process, so that loader processes which outlive it do not hold it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ApartError(
+            f"{folder} is in use by another run{f' (process {holder})' if holder else ''}; wait for it, or choose "
+            "another --experiment."
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def check_unchanged(folder: Path, settings: dict[str, Any], override: bool) -> None:
+    """Raise ApartError, naming all that differ, where the run in `folder` was started with other settings."""
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ApartError(f"{folder}/config.yaml cannot be read; --resume needs it.") from error
+    changed = [
+        f"{key} (was {before.get(key)}, now {value})" for key, value in settings.items()
+        if key not in FREE and before.get(key) != value
+    ]
+    if changed and not override:
+        raise ApartError(
+            f"{folder} was started with other settings: {', '.join(changed)}; name them as before, or add --override."
+        )

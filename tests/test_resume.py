@@ -1,0 +1,258 @@
+"""A run that was cut off goes on exactly: weights and metrics bit for bit those of a run that was not."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from apart_hf import ApartError
+from apart_hf.checkpoint import damage
+from apart_hf.config import TrainConfig
+from apart_hf.interruption import EXIT_CODE
+from apart_hf.train import train
+from tests.helpers import ROOT, assert_same, demo_rows
+
+TIMING = ("seconds", "images_per_second")
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "little"
+    folder.mkdir()
+    for name, rows in (("train", 72), ("test", 30)):
+        demo_rows(name).select(range(rows)).to_parquet(str(folder / f"{name}.parquet"))
+    return str(folder)
+
+
+def result(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    plain = [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    states = {name: safetensors.torch.load_file(Path(folder) / name / "model.safetensors") for name in ("last", "best")}
+    return plain, states
+
+
+def assert_equal_runs(one, two):
+    (lines, states), (others, other_states) = result(one), result(two)
+    assert lines == others
+    for name, state in states.items():
+        assert_same(other_states[name], state, tolerance=0)
+
+
+CASES = {
+    "standard": {"method": "standard", "drop": 0.3, "mixup": 0.2},
+    "apart": {"method": "apart", "groups": 2, "ratio": 0.5, "model_ema": True, "every": 2},
+    "apart, workers": {"method": "apart", "groups": 2, "loader": "workers", "workers": 1, "reprob": 0.5},
+    "apart, stream": {"method": "apart", "groups": 2, "streaming": True, "shuffle_buffer": 20},
+    "sam": {"method": "sam", "grad_accum_steps": 2, "batch_size": 4, "channels_last": True, "opt": "adamw", "lr": 1e-3},
+    "apart-sam": {"method": "apart-sam", "groups": 2, "amp_dtype": "bfloat16", "sched": "cosine", "warmup_epochs": 1},
+    "random-bn": {"method": "random-bn", "groups": 2, "val_fraction": 0.25, "batch_size": 9, "ratio": 2 / 3},
+}
+
+
+def settings(little, output, **more):
+    return TrainConfig(**{
+        "model": "test_resnet", "method": "standard", "data_dir": little, "batch_size": 8, "epochs": 2, "lr": 0.02, "output": str(output),
+        "experiment": "run", "checkpoint_every": "2", "checkpoint_hist": 99, **more,
+    })
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_any_checkpoint_on_nothing_differs(case, little, tmp_path):
+    whole = train(settings(little, tmp_path / "whole", **CASES[case]))
+    steps = sorted(path.name for path in (whole / "checkpoints").glob("step-*"))
+    assert len(steps) > 5
+    for number, keep in enumerate([1, len(steps) // 2, len(steps) - 2]):
+        part = shutil.copytree(whole, tmp_path / f"part{number}" / "run")
+        for name in steps[keep:]:
+            shutil.rmtree(part / "checkpoints" / name)
+        again = train(settings(little, part.parent, **CASES[case], resume="auto"))
+        assert again == part
+        assert_equal_runs(whole, again)
+
+
+def test_the_case_without_a_checkpoint_starts_anew(little, tmp_path):
+    one = train(settings(little, tmp_path))
+    shutil.rmtree(one / "checkpoints")
+    before = result(one)
+    train(settings(little, tmp_path, resume="auto"))
+    assert result(one)[0] == before[0]
+
+
+def test_a_finished_run_says_so(little, tmp_path, capsys):
+    one = train(settings(little, tmp_path))
+    stamp = (one / "last/model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert train(settings(little, tmp_path, resume=str(one))) == one
+    assert "is finished: 2 epochs, 18 steps" in capsys.readouterr().out
+    assert (one / "last/model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_longer_run_goes_on(little, tmp_path):
+    train(settings(little, tmp_path, sched="none"))
+    with pytest.raises(ApartError, match=r"other settings: epochs \(was 2, now 3\).*--override"):
+        train(settings(little, tmp_path, sched="none", resume="auto", epochs=3))
+    longer = train(settings(little, tmp_path, sched="none", resume="auto", epochs=3, override=True))
+    fresh = train(settings(little, tmp_path / "fresh", sched="none", epochs=3))
+    assert_equal_runs(fresh, longer)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys):
+    one = train(settings(little, tmp_path))
+    want = result(one)
+    latest = sorted((one / "checkpoints").glob("step-*"))[-1]
+    file = latest / "optimizer.bin"
+    content = file.read_bytes()
+    if harm == "cut":
+        file.write_bytes(content[:-1])
+    elif harm == "flipped":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        (latest / "manifest.json" if harm == "no manifest" else file).unlink()
+    assert damage(latest)
+    train(settings(little, tmp_path, resume="auto"))
+    assert f"checkpoint {latest.name} is passed over" in capsys.readouterr().out
+    assert result(one)[0] == want[0]
+
+
+def test_old_checkpoints_go(little, tmp_path):
+    one = train(settings(little, tmp_path, checkpoint_hist=2))
+    assert [path.name for path in sorted((one / "checkpoints").iterdir())] == ["step-00000016", "step-00000018"]
+
+
+def test_what_cannot_be_resumed(little, tmp_path):
+    with pytest.raises(ApartError, match=r"--resume nowhere: there is no checkpoint"):
+        train(settings(little, tmp_path, resume="nowhere"))
+    one = train(settings(little, tmp_path))
+    from apart_hf.checkpoint import Checkpoints
+
+    folder = sorted((one / "checkpoints").glob("step-*"))[-1]
+    import torch
+    shared = torch.load(folder / "run.pt", weights_only=True) | {"processes": 2}
+    torch.save(shared, folder / "run.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    from apart_hf.export import sha256
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"run.pt": sha256(folder / "run.pt")}))
+    with pytest.raises(ApartError, match=r"is of 2 process\(es\), and 1 were started"):
+        train(settings(little, tmp_path, resume="auto"))
+    assert Checkpoints(one / "checkpoints", None).newest()[0] == folder
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path):
+    """No file may grow beyond 100 KB: weights cannot be written, training goes on where it can."""
+    code = (
+        "import resource, sys; from apart_hf.train import main; import apart_hf.checkpoint as c\n"
+        "write = c.Checkpoints._write\n"
+        "def limited(self, *args):\n"
+        "    small = len(self.all()) >= 1\n"
+        "    if small: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "    try: write(self, *args)\n"
+        "    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "c.Checkpoints._write = limited\n"
+        "main(sys.argv[1:])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--model", "test_resnet", "--method", "standard", "--data-dir", little, "-b", "8",
+         "--epochs", "1", "--checkpoint-every", "3", "--output", str(tmp_path), "--experiment", "run"],
+        capture_output=True, text=True, timeout=120, cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "warning: no checkpoint at step 6" in result.stdout and "step-00000003 stays" in result.stdout
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    assert damage(tmp_path / "run/checkpoints/step-00000003") is None
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def command(little, output, *more):
+    return [
+        sys.executable, str(ROOT / "scripts/train.py"), "--model", "test_resnet", "--groups", "2", "--data-dir", little,
+        "-b", "8", "--epochs", "30", "--lr", "0.02", "--checkpoint-every", "3", "--resume", "auto", "--output",
+        str(output), "--experiment", "run", *more,
+    ]
+
+
+def start(command):
+    return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"})
+
+
+def wait_for_checkpoint(process, folder, seconds=100):
+    deadline = time.monotonic() + seconds
+    while not list((folder / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def killed(number, little, whole, tmp_path, more=()):
+    """SIGKILL at so many random moments, then to the end; compare with `whole`."""
+    folder, rng, kills = tmp_path / "run", random.Random(number), 0
+    while kills < number:
+        process = start(command(little, tmp_path, *more))
+        wait_for_checkpoint(process, folder)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0.0, 4.0))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+        if process.returncode == 0:
+            break
+    out, error = start(command(little, tmp_path, *more)).communicate(timeout=300)
+    assert "done" in out or "is finished" in out, error
+    assert_equal_runs(whole, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(little, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    process = start(command(little, output))
+    assert process.wait(timeout=300) == 0, process.communicate()
+    return output / "run"
+
+
+def test_killed_twice(little, whole, tmp_path):
+    killed(2, little, whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(little, whole, tmp_path):
+    killed(20, little, whole, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_stops_at_a_checkpoint(name, little, whole, tmp_path):
+    process = start(command(little, tmp_path))
+    wait_for_checkpoint(process, tmp_path / "run")
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE == 75
+    assert error.count("\n") == 1 and f"stopped by {name} after step" in error and "--resume auto" in error
+    step = int(error.split("after step ")[1].split(";")[0])
+    assert (tmp_path / f"run/checkpoints/step-{step:08}").exists()
+    second = start(command(little, tmp_path))
+    assert second.wait(timeout=300) == 0, second.communicate()
+    assert_equal_runs(whole, tmp_path / "run")
+
+
+def test_two_runs_into_one_folder(little, tmp_path):
+    first = start(command(little, tmp_path))
+    try:
+        wait_for_checkpoint(first, tmp_path / "run")
+        second = start(command(little, tmp_path))
+        _, error = second.communicate(timeout=60)
+        assert second.returncode == 2 and "is in use by another run (process " in error and error.count("\n") == 1
+    finally:
+        first.kill()
+        first.communicate()
+    third = start(command(little, tmp_path, "--max-steps", "1", "--override"))  # a lock of the dead is none
+    assert third.wait(timeout=60) == 0, third.communicate()
