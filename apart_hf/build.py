@@ -22,6 +22,7 @@ from torch import nn
 from apart_hf.config import TrainConfig
 from apart_hf.data import ImageData, data_config
 from apart_hf.errors import ApartError
+from apart_hf.hub_client import offline_if_unreachable
 
 
 def first_line(error: Exception) -> str:
@@ -63,25 +64,32 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
         source = timm.get_pretrained_cfg(config.model)
         if source is not None and source.fixed_input_size and config.img_size is not None:
             kwargs["img_size"] = config.img_size
-        model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
+        with offline_if_unreachable():  # weights may be in the cache
+            model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
-    except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError) as error:
+    except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError, KeyError) as error:
         raise ApartError(f"cannot create model {config.model!r}: {first_line(error)}") from error
     if config.initial_checkpoint is not None:
         load_weights(model, config.initial_checkpoint)
     size = data_config(
-        model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=data.spec.mean, std=data.spec.std
+        model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=config.mean or data.spec.mean,
+        std=config.std or data.spec.std, interpolation=config.interpolation, crop_pct=config.crop_pct,
     )
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *size["input_size"]))
+            output = model.eval()(torch.zeros(1, *size["input_size"]))
     except (RuntimeError, ValueError, AssertionError) as error:
         edge, usual = size["input_size"][-1], model.pretrained_cfg["input_size"][-1]
         raise ApartError(
             f"model {config.model!r} does not take images of {edge} pixels ({first_line(error)}); "
             f"try --img-size {usual}, the model's own."
         ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != (1, len(data.class_names)):
+        raise ApartError(
+            f"model {config.model!r} does not give one value for each of the {len(data.class_names)} classes; leave "
+            "--model-kwargs such as features_only out."
+        )
     if config.sync_bn:
         model = convert_sync_batchnorm(model)
     if config.channels_last:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from apart_hf.errors import ApartError
-from apart_hf.export import CONFIG
+from apart_hf.export import read_config
 from apart_hf.models import default_cfgs
 from apart_hf.strategies import METHODS
 
+_OURS = ("model-index", "base_model", "datasets", "metrics")  # where we say none there is none
 FIRST, LAST = "<!-- apart_hf: from here -->", "<!-- apart_hf: to here -->"
 
 
@@ -34,22 +36,17 @@ class Exported:
     @classmethod
     def read(cls, folder: Path) -> Exported:
         """Raises: ApartError where it is neither."""
+        config, metrics = read_config(weights_folder(folder)), folder / "metrics.jsonl"
         try:
-            config = json.loads((weights_folder(folder) / CONFIG).read_text())
-            config["architecture"], config["num_classes"], config["pretrained_cfg"]["input_size"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ApartError(
-                f"{folder} is no exported model: its config.json cannot be read ({type(error).__name__}: {error}); "
-                "name the folder of a run, or one that timm saved."
-            ) from error
-        metrics = folder / "metrics.jsonl"
-        history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+            history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        except ValueError as error:
+            raise ApartError(f"{metrics} cannot be read ({error}); remove its last line, or the file.") from error
         return cls(config, history, (folder / "plots" / "training.png").exists())
 
     @property
     def training(self) -> dict[str, Any]:
         """The "apart" block; empty for a model that was not trained here."""
-        return self.config.get("apart") or {}
+        return self.config["apart"]
 
     @property
     def data(self) -> dict[str, Any]:
@@ -90,19 +87,30 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
     card = ModelCard.from_template(
         _card_data(model, repo_id), template_path=str(model_cards_folder() / "card.md"),
         name=repo_id.split("/")[-1], repo_id=repo_id, summary=_summary(model), results=model.results,
-        validate=f"--dataset {data_name}" if data_name else "--data-dir FOLDER", method=method, data_name=data_name,
+        validate=_validate(model), method=method, data_name=data_name,
+        every=training.get("settings", {}).get("every", 1),
         comparison=[training["compared_with"], _row(model)] if model.results and "compared_with" in training else None,
         is_ours=model.config["architecture"] in default_cfgs, architecture=model.config["architecture"],
         width=width, height=height, has_names=bool(model.config.get("label_names")), has_plot=model.has_plot,
         settings=_settings(training), classes=model.config["num_classes"],
         versions=", ".join(f"{name} {number}" for name, number in training.get("versions", {}).items()),
-        method_summary=METHODS[method].summary.capitalize() if method in METHODS else method,
+        method_summary=METHODS[method].summary if method in METHODS else method,
     )
     return card if previous is None else _merged(card, previous)
 
 
+def _validate(model: Exported) -> str | None:
+    """Arguments that measure the claim again; None: its images are a part that no name stands for."""
+    data, results = model.data, model.results
+    if not results or " " in results["split"]:
+        return None
+    source = data.get("name") or data.get("hub_id")
+    return (f"--dataset {source}" if source else "--data-dir FOLDER") + f" --val-split {results['split']}"
+
+
 def _card_data(model: Exported, repo_id: str) -> ModelCardData:
     training, data, results = model.training, model.data, model.results
+    base = training.get("base_model")
     measured = {
         "task_type": "image-classification",
         "dataset_type": data["hub_id"] if data.get("whole") else "imagefolder",  # a part is another dataset
@@ -111,7 +119,7 @@ def _card_data(model: Exported, repo_id: str) -> ModelCardData:
     return ModelCardData(
         license=model.config["pretrained_cfg"].get("license"), library_name="timm", pipeline_tag="image-classification",
         tags=[tag for tag in ("image-classification", "timm", "apart_hf", training.get("method")) if tag],
-        datasets=[data["hub_id"]] if data.get("hub_id") else None, base_model=training.get("base_model"),
+        datasets=[data["hub_id"]] if data.get("hub_id") else None, base_model=base if base and "/" in base else None,
         metrics=["accuracy"] if results else None, model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(metric_name=f"top-{k} accuracy (%)", metric_value=results[f"top{k}"],
@@ -158,6 +166,7 @@ def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
         ("networks", model.config["architecture"], other.config["architecture"]),
         ("datasets", model.training["dataset"], other.training["dataset"]),
         ("splits", model.results["split"], other.results["split"]),
+        ("numbers of images", model.results.get("images"), other.results.get("images")),
     ):
         if one != two:
             raise ApartError(f"the runs to compare are of the {what} {one!r} and {two!r}; name two of the same.")
@@ -171,17 +180,21 @@ def _row(model: Exported) -> dict[str, Any]:
 
 def _merged(card: ModelCard, previous: str) -> ModelCard:
     """`card` with the hand-written parts of an earlier card: its text outside our marks, and further metadata."""
-    old = ModelCard(previous, ignore_metadata_errors=True)
+    try:
+        old = ModelCard(previous, ignore_metadata_errors=True)
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ApartError(f"the card that is there cannot be read ({reason}); correct or remove it.") from error
     before, after = "", f"\n\n{old.text.strip()}\n" if old.text.strip() else "\n"
-    if FIRST in old.text and LAST in old.text:
+    if -1 < old.text.find(FIRST) < old.text.find(LAST):
         before, rest = old.text.split(FIRST, 1)
         after = rest.split(LAST, 1)[1]
     ours, theirs = card.data.to_dict(), old.data.to_dict()
     for key, value in theirs.items():
-        if key in ("tags", "datasets") and isinstance(value, list):
+        if key == "tags" and isinstance(value, list):
             kept = [item for item in value if item not in METHODS]  # the method may be another now
             setattr(card.data, key, list(dict.fromkeys([*(ours.get(key) or []), *kept])))
-        elif key not in ours and key != "model-index":
+        elif key not in ours and key not in _OURS:
             setattr(card.data, key, value)
     card.text = before.lstrip("\n") + card.text.strip() + after
     return card

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from apart_hf.config import HYPER_PARAMETERS, TrainConfig
 from apart_hf.config_file import read_config
-from apart_hf.errors import ApartError, one_line
+from apart_hf.errors import ApartError, OneProcessError, one_line
 from apart_hf.recipes import recipe
 
 
@@ -24,13 +24,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[str], object]) -> None:
-    """Run `command(prog)`; an ApartError ends in one line on stderr, of the first process alone, and exit code 2."""
+    """Run `command(prog)`; an ApartError ends in one line on stderr and exit code 2.
+
+    The line is that of the first process, or of the one that met the error.
+    """
     prog = Path(sys.argv[0]).name
     try:
         command(prog)
     except ApartError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or isinstance(error, OneProcessError):
+            process = f"process {rank}: " if rank else ""
+            print(f"{prog}: error: {process}{one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -67,11 +72,18 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
     return TrainConfig(**_layered(recipe(name) if name else {}, file, flags))
 
 
+# setting one unsets the other, which it decides
+_SAME = {"amp": "amp_dtype", "lr_base": "lr", "input_size": "img_size", "img_size": "input_size"}
+
+
 def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
     """Later layers go before earlier ones; another method takes no hyper-parameters from the layers below it."""
     merged: dict[str, Any] = {}
     for layer in layers:
         if layer.get("method", merged.get("method")) != merged.get("method"):
             merged = {key: value for key, value in merged.items() if key not in HYPER_PARAMETERS}
+        for key, partner in _SAME.items():
+            if layer.get(key) and partner not in layer:
+                merged.pop(partner, None)
         merged |= layer
     return merged

@@ -113,7 +113,17 @@ class TrainConfig:
         "auto", "data", "memory: small images are decoded once and augmented by the batch; workers: one by one, by "
         "loader processes; auto: memory where it gives the same", choices=LOADERS,
     )
-    workers: int | None = _int(None, "data", "loader processes [0 on the CPU; else one a core, at most 8]")
+    workers: int | None = _int(
+        None, "data", "loader processes [0 on the CPU; else one a core, at most 8]", flags=("-j",)
+    )
+    interpolation: str | None = _text(
+        None, "data", "how images are resized [the model's]", choices=("bilinear", "bicubic", "nearest", "random")
+    )
+    crop_pct: float | None = _float(None, "data", "share of the resized edge that evaluation sees [the model's]")
+    mean: list[float] | None = _option(
+        None, "data", "of each channel, in [0, 1] [the dataset's or the model's]", type=float, nargs=3, metavar="X"
+    )
+    std: list[float] | None = _option(None, "data", "likewise", type=float, nargs=3, metavar="X")
     aa: str | None = _text(
         None, "data", "timm's automatic augmentation, for instance rand-m9-mstd0.5 [off]", metavar="POLICY"
     )
@@ -219,6 +229,12 @@ class TrainConfig:
                 )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ApartError(f"--val-fraction {self.val_fraction}: a share between 0 and 1 (0.1 is common).")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ApartError(f"--crop-pct {self.crop_pct}: a share of the edge, above 0 and at most 1.")
+        if any(not 0 < value < float("inf") for value in self.std or ()):
+            raise ApartError(f"--std {self.std}: must be finite numbers above 0.")
+        if self.train_num_samples is not None and not self.streaming:
+            raise ApartError("--train-num-samples is the length of a stream; add --streaming, or leave it out.")
         if self.val_fraction is not None and self.streaming:
             raise ApartError("--val-fraction needs the whole training split, which a stream is not; drop one flag.")
         if self.input_size is not None:

@@ -13,6 +13,10 @@ class ApartError(ValueError):
     """
 
 
+class OneProcessError(ApartError):
+    """Bad input that only one process of a run may have met, so it is that one that tells."""
+
+
 def one_line(error: ApartError) -> str:
     """Its message; that of an error in a loader process comes with a traceback, of which it is the last line."""
     last = str(error).strip().splitlines()[-1]

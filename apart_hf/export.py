@@ -80,6 +80,35 @@ def update_record(folder: Path, **entries: Any) -> None:
     temporary.replace(folder / CONFIG)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder in timm's form; its "apart" block, if any, is a dict.
+
+    Raises: ApartError where it is not there or not of that form.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        config["architecture"], config["num_classes"], config["pretrained_cfg"]["input_size"]
+        if not isinstance(config.setdefault("apart", {}), dict):
+            raise TypeError("its apart block is no table")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ApartError(
+            f"{folder} is no exported model: its {CONFIG} cannot be read ({type(error).__name__}: {error}); name the "
+            "folder of a run, or one that timm saved."
+        ) from error
+    return config
+
+
+def check_intact(folder: Path) -> None:
+    """Raise ApartError where the weights are missing, or not those whose sha256 was recorded; without one they pass."""
+    recorded = read_config(folder)["apart"].get("sha256")
+    if not (folder / WEIGHTS).is_file():
+        raise ApartError(f"{folder} has no {WEIGHTS}; pickled weights are not taken, save them by safetensors.")
+    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
+        raise ApartError(
+            f"{folder / WEIGHTS} is damaged: its sha256 is not {recorded[:12]}..., as recorded; export it again."
+        )
+
+
 def sha256(file: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with open(file, "rb") as content:

@@ -13,19 +13,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from apart_hf.card import Exported, comparison, make_card, weights_folder
 from apart_hf.errors import ApartError
-from apart_hf.export import CONFIG, WEIGHTS, probe, sha256, update_record
-from apart_hf.hub_client import attempt
+from apart_hf.export import CONFIG, WEIGHTS, check_intact, probe, read_config, sha256, update_record
+from apart_hf.hub_client import attempt, check_repo_id
 from apart_hf.models import default_cfgs
 from apart_hf.pretrained import load_pretrained
 
 CARD = "README.md"
-PUBLISHED = (WEIGHTS, CONFIG, CARD, "metrics.jsonl", "test.json", "plots/training.png")
+PUBLISHED = (WEIGHTS, CONFIG, CARD, "metrics.jsonl", "compared_with.jsonl", "test.json", "plots/training.png")
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
     """
     Exported.read(folder)
     weights = weights_folder(folder)
-    if not (weights / WEIGHTS).is_file():
-        raise ApartError(f"{weights} has no {WEIGHTS}; pickled weights are not published, save them by safetensors.")
+    check_intact(weights)
     staged = folder if weights == folder else folder / "hub"
     if staged != folder:
         for name in PUBLISHED:
@@ -77,9 +75,10 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
         (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if options.compare_with is not None:
         update_record(staged, compared_with=comparison(staged, options.compare_with))
+        shutil.copyfile(options.compare_with / "metrics.jsonl", staged / "compared_with.jsonl")
     here = staged / CARD
-    if previous is None and here.exists():
-        previous = here.read_text()
+    if previous is None and staged == folder and here.exists():  # a run's own may be of another repository
+        previous = here.read_text(errors="replace")
     card = make_card(staged, repo_id, previous=previous)
     card.save(here)
     return staged
@@ -95,12 +94,8 @@ def verify(staged: Path) -> None:
 
     Raises: ApartError where they differ or the folder does not load.
     """
-    config = json.loads((staged / CONFIG).read_text())
-    recorded = (config.get("apart") or {}).get("sha256")
-    if recorded not in (None, sha256(staged / WEIGHTS)):
-        raise ApartError(
-            f"{staged / WEIGHTS} is damaged: its sha256 is not {recorded[:12]}..., as recorded; export it again."
-        )
+    check_intact(staged)
+    config = read_config(staged)
     ours = "import apart_hf; " if config["architecture"] in default_cfgs else ""
     with tempfile.TemporaryDirectory() as scratch:
         images, logits = Path(scratch) / "images.safetensors", Path(scratch) / "logits.safetensors"
@@ -134,8 +129,11 @@ def push(folder: Path, repo_id: str, options: PushOptions = PushOptions()) -> st
     Raises: ApartError, with the repository as it was, where it cannot be done; the staged folder stays ready.
     """
     Exported.read(folder)
+    check_intact(weights_folder(folder))
     api = check_access(repo_id)
     attempt(lambda: api.create_repo(repo_id, private=options.private or None, exist_ok=True), repo_id)
+    if options.private and not attempt(lambda: api.model_info(repo_id), repo_id).private:
+        raise ApartError(f"{repo_id} is there already and is public; make it private on its page, or drop --private.")
     if options.revision is not None:
         attempt(lambda: api.create_branch(repo_id, branch=options.revision, exist_ok=True), repo_id)
     staged = stage(folder, repo_id, options, previous=_card_there(api, repo_id, options.revision))
@@ -158,21 +156,10 @@ def check_access(repo_id: str) -> HfApi:
     return api
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raise ApartError unless it is user/name as the Hub takes it."""
-    try:
-        validate_repo_id(repo_id)
-        if repo_id.count("/") != 1:
-            raise HFValidationError("it needs a user or organisation before the name")
-    except HFValidationError as error:
-        reason = str(error).split(": ")[0].splitlines()[0].rstrip(".")
-        raise ApartError(f"{repo_id!r} is no name for a repository ({reason}); use user/name.") from error
-
-
 def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     def download() -> str | None:
         try:
-            return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text()
+            return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(errors="replace")
         except RemoteEntryNotFoundError:
             return None
 

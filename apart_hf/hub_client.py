@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import datasets
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from apart_hf.errors import ApartError
 
 Result = TypeVar("Result")
+CONNECT_SECONDS = 3.0  # then the Hub counts as out of reach
 TRIES = 5
 FIRST_WAIT = 0.5  # seconds; doubled at each try
 LONGEST_WAIT = 60.0
@@ -33,8 +39,36 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return (importlib.import_module(client).TransportError,)
 
 
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[str]:
+    """Within, the libraries do not try to reach a Hub that does not answer; gives the reason, empty where it does."""
+    constants = huggingface_hub.constants
+    if huggingface_hub.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
+        yield "HF_HUB_OFFLINE is set"
+        return
+    try:  # its own client: proxies and certificates are those of the user
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except transport_errors() as error:
+        reason = f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__})"
+    else:
+        yield ""
+        return
+    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for loader processes
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept[:2]
+        if kept[2] is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = kept[2]
+
+
 def attempt(
-    call: Callable[[], Result], repo_id: str, *, arrived: Callable[[], Result | None] | None = None, again: bool = True
+    call: Callable[[], Result], repo_id: str, *, arrived: Callable[[], Result | None] | None = None, again: bool = True,
+    reading: bool = False,
 ) -> Result:
     """The result of `call`, which is tried up to `TRIES` times where no answer comes, or 429 or 5xx.
 
@@ -43,6 +77,7 @@ def attempt(
         repo_id: for messages.
         arrived: asked before a further try: the result, where the last one got through although its answer did not.
         again: whether a further try does no harm.
+        reading: nothing is to be changed there.
 
     Raises: ApartError with the cause and the cure.
     """
@@ -54,17 +89,19 @@ def attempt(
         except OfflineModeIsEnabled as error:
             raise ApartError("HF_HUB_OFFLINE is set; unset it to reach the Hub, then run this again.") from error
         except (RemoteEntryNotFoundError, RevisionNotFoundError):
-            raise  # what is missing is known to the caller
+            raise  # the caller knows what is missing
         except (HfHubHTTPError, LocalEntryNotFoundError, RuntimeError, *lost) as error:
+            if isinstance(error, LocalEntryNotFoundError) and huggingface_hub.is_offline_mode():
+                raise
             status = _status(error)
             if status is not None and status < 500 and status != 429:
-                raise _refused(error, status, repo_id) from error
+                raise _refused(error, status, repo_id, reading) from error
             last = number == TRIES or time.monotonic() - start > PATIENCE or not (again or status == 429)
             found = _asked(arrived) if arrived is not None else None
             if found is not None:
                 return found
             if last:
-                raise _gave_up(error, status, repo_id, number) from error
+                raise _gave_up(error, status, repo_id, number, again, reading) from error
             time.sleep(_wait(error, number))
 
 
@@ -90,7 +127,7 @@ def _wait(error: Exception, number: int) -> float:
     return min(float(asked), LONGEST_WAIT) if asked.isdigit() else FIRST_WAIT * 2 ** (number - 1)
 
 
-def _refused(error: Exception, status: int, repo_id: str) -> ApartError:
+def _refused(error: Exception, status: int, repo_id: str, reading: bool) -> ApartError:
     server = _reason(error)
     if isinstance(error, GatedRepoError):
         page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
@@ -99,6 +136,8 @@ def _refused(error: Exception, status: int, repo_id: str) -> ApartError:
         return ApartError(f"the Hub does not take the token ({server}); log in again (hf auth login) or set HF_TOKEN.")
     if isinstance(error, RepositoryNotFoundError):
         return ApartError(f"{repo_id} does not exist, or this account may not see it; check the name and the login.")
+    if status == 403 and reading:
+        return ApartError(f"this account or token may not read {repo_id} ({server}); log in as one that may.")
     if status == 403:
         return ApartError(
             f"this account or token may not write to {repo_id} ({server}); use a token with the write role, and a "
@@ -109,12 +148,18 @@ def _refused(error: Exception, status: int, repo_id: str) -> ApartError:
     return ApartError(f"the Hub refused {repo_id} with {status} ({server}).")
 
 
-def _gave_up(error: Exception, status: int | None, repo_id: str, tries: int) -> ApartError:
+def _gave_up(
+    error: Exception, status: int | None, repo_id: str, tries: int, again: bool, reading: bool
+) -> ApartError:
     what = f"answered {status}" if status is not None else f"gave no answer ({type(error).__name__}: {_reason(error)})"
-    return ApartError(
-        f"the Hub {what} for {repo_id}, {tries} time(s); nothing was changed there by halves. Run the same command "
-        "again when it can be reached."
-    )
+    if reading:
+        cure = "try again when it can be reached, or name a local folder"
+    elif again:
+        cure = "nothing was changed there by halves; run the same command again when it can be reached"
+    else:
+        page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}/discussions"
+        cure = f"the pull request may be there all the same; look at {page} before trying again"
+    return ApartError(f"the Hub {what} for {repo_id}, {tries} time(s): {cure}.")
 
 
 def _reason(error: Exception) -> str:
@@ -122,3 +167,14 @@ def _reason(error: Exception) -> str:
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__).rstrip(".")[:200]
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ApartError unless it is user/name as the Hub takes it."""
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise HFValidationError("it needs a user or organisation before the name")
+    except HFValidationError as error:
+        reason = str(error).split(": ")[0].splitlines()[0].rstrip(".")
+        raise ApartError(f"{repo_id!r} is no name for a repository ({reason}); use user/name.") from error

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 
 from apart_hf.card import model_cards_folder, weights_folder
 from apart_hf.errors import ApartError, unknown_name
-from apart_hf.export import CONFIG, WEIGHTS, sha256
-from apart_hf.hub_client import attempt
+from apart_hf.export import CONFIG, WEIGHTS, check_intact
+from apart_hf.hub_client import attempt, check_repo_id, offline_if_unreachable
 
 
 def list_pretrained() -> list[str]:
@@ -33,25 +33,18 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
         with the one that config.json records (a folder that records none is loaded as it is).
     """
     folder = find_pretrained(name, revision=revision)
-    if not _intact(folder):
+    try:
+        check_intact(folder)
+    except ApartError:
         folder = find_pretrained(name, revision=revision, afresh=True)  # what the cache holds may be damaged alone
-    if not _intact(folder):
-        raise ApartError(
-            f"the weights of {name} are damaged: the sha256 of {folder / WEIGHTS} is not that in config.json; "
-            "export or push them again."
-        )
+        check_intact(folder)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ApartError(f"{name} is no model that timm loads ({reason}).") from error
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     return model, transform
-
-
-def _intact(folder: Path) -> bool:
-    recorded = (json.loads((folder / CONFIG).read_text()).get("apart") or {}).get("sha256")
-    return recorded in (None, sha256(folder / WEIGHTS))
 
 
 def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = False) -> Path:
@@ -74,6 +67,7 @@ def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = Fa
         return folder
     if name.count("/") != 1:
         raise unknown_name("pretrained model", name, list_pretrained())
+    check_repo_id(name)
 
     def fetch() -> Path:
         for file in (WEIGHTS, CONFIG):
@@ -81,7 +75,10 @@ def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = Fa
         return Path(path).parent
 
     try:
-        return attempt(fetch, name)
+        with offline_if_unreachable() as offline:
+            return attempt(fetch, name, reading=True)
+    except LocalEntryNotFoundError as error:
+        raise ApartError(f"{name} is no local folder, and {offline}; the cache does not hold it.") from error
     except RemoteEntryNotFoundError as error:
         raise ApartError(f"{name} lacks {CONFIG} or {WEIGHTS}; it is no model in timm's form.") from error
     except RevisionNotFoundError as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
 from apart_hf.command_line import Parser, run_command
 from apart_hf.errors import ApartError
-from apart_hf.hub import PushOptions, check_repo_id, published_files, push, stage
-from apart_hf.hub_client import attempt
+from apart_hf.hub import PushOptions, published_files, push, stage
+from apart_hf.hub_client import attempt, check_repo_id
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,7 +36,8 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--compare-with", type=Path, metavar="FOLDER", help="another run, for a table of both")
     parser.add_argument("--license", metavar="NAME", help="of the weights, as the Hub spells it [as recorded]")
     found = parser.parse_args(arguments)
-    if (found.all is None) != (found.folder is not None and found.repo_id is not None):
+    one = found.folder is not None and found.repo_id is not None
+    if (found.all is None) != one or (found.all is not None and found.folder is not None):
         parser.error("name FOLDER and USER/NAME, or --all DIR")
     return found
 
@@ -42,15 +45,18 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     names = [field.name for field in dataclasses.fields(PushOptions)]
     options = PushOptions(**{name: getattr(args, name) for name in names})
-    for folder, repo_id in _targets(args):
-        if args.dry_run:
-            check_repo_id(repo_id)
-            staged = stage(folder, repo_id, options)
-            print(f"{repo_id} would be, from {staged}:")
-            for name in published_files(staged):
-                print(f"  {name}  {(staged / name).stat().st_size:,} bytes")
-        else:
-            print(f"{repo_id}: {push(folder, repo_id, options)}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder, repo_id in _targets(args):
+            if args.all is not None:  # released folders stay as they are: their cards name another repository
+                folder = Path(shutil.copytree(folder, Path(scratch) / folder.name))
+            if args.dry_run:
+                check_repo_id(repo_id)
+                staged = stage(folder, repo_id, options)
+                print(f"{repo_id} would be, from {staged}:")
+                for name in published_files(staged):
+                    print(f"  {name}  {(staged / name).stat().st_size:,} bytes")
+            else:
+                print(f"{repo_id}: {push(folder, repo_id, options)}", flush=True)
 
 
 def _targets(args: argparse.Namespace) -> list[tuple[Path, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from timm.models import PretrainedCfg
@@ -40,14 +41,26 @@ def training_record(
     kept = {k: v for k, v in settings.items() if v is not None and (k in always or v != defaults[k])}
     if config.sched != "multistep":
         kept.pop("decay_milestones", None)
+    if config.initial_checkpoint is not None:
+        kept["initial_checkpoint"] = Path(config.initial_checkpoint).name
     return {
         "method": config.method, **hyper, "passes": passes,
         "dataset": config.dataset_name, "data": _data(config, data),
         "settings": kept | ({"processes": processes} if processes > 1 else {}),
         "recipe": config.recipe, "seed": config.seed,
-        "base_model": source.get("hf_hub_id") if config.pretrained else None,
+        "base_model": _base_model(config, source),
         "versions": versions(), "commit": git_commit(),
     }
+
+
+def _base_model(config: TrainConfig, source: PretrainedCfg | dict[str, Any]) -> str | None:
+    """The Hub's name of the weights that training started from, or what else was named as the model."""
+    if not config.pretrained:
+        return None
+    place, _, name = config.model.rpartition(":")
+    if place in ("hf_hub", "hf-hub"):
+        return name.partition("@")[0]
+    return Path(name).name if place else source.get("hf_hub_id")
 
 
 def _data(config: TrainConfig, data: ImageData) -> dict[str, Any]:
@@ -59,9 +72,13 @@ def _data(config: TrainConfig, data: ImageData) -> dict[str, Any]:
     if config.dataset == "demo" and config.data_dir is not None:  # demo is the default: it says nothing of the folder
         registered = None
     same = registered is not None and registered.num_classes == len(data.class_names)
+    if data.spec.local:
+        whole = same and registered.source is None and data.held_out.size == registered.val_size
+    else:
+        whole = config.val_fraction is None or data.test is not None
     hub_id = data.spec.hub_id if same else data.spec.path if not data.spec.local else None
     return {
         "name": config.dataset if same else None, "hub_id": hub_id, "config": data.spec.config,
         "split": data.train.name, "images": len(data.train),
-        "whole": same and registered.source is None and data.held_out.size == registered.val_size,
+        "whole": whole,
     }

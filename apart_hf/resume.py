@@ -24,7 +24,8 @@ def lock(folder: Path) -> IO[str]:
 
     Raises: ApartError where another process holds it.
     """
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  held for the life of the run
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    file = open(folder / "checkpoints" / ".lock", "a+")  # noqa: SIM115  held for the life of the run
     try:
         # of the process, so that loader processes which outlive it do not hold it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

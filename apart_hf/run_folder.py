@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from apart_hf.checkpoint import Checkpoints
 from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
-from apart_hf.data import ImageData
+from apart_hf.data import ImageData, Split
 from apart_hf.errors import ApartError
 from apart_hf.export import export_folder, update_record
 from apart_hf.plots import plot_training
@@ -148,40 +149,51 @@ class RunFolder:
     def test(self, trainer: Trainer, loader: Any) -> dict[str, float]:
         """Evaluate last/ and best/ on the test split, once, and write `test.json`. Returns the result of last/."""
         results = {"split": self.data.test.name}
-        results["last"] = {"epoch": self.history[-1]["epoch"], **trainer.evaluate(loader)}
+        results["last"] = {"epoch": self.history[-1]["epoch"], **trainer.evaluate_all(loader)}
         network = self.accelerator.unwrap_model(trainer.evaluated, keep_torch_compile=False)
         if self.accelerator.is_main_process:
             network.load_state_dict(load_file(self.folder / "best" / "model.safetensors"))
         for tensor in network.state_dict().values():  # other machines need not see the folder
             tensor.copy_(broadcast(tensor, from_process=0))
-        results["best"] = {"epoch": self._best()["epoch"], **trainer.evaluate(loader)}
+        results["best"] = {"epoch": self._best()["epoch"], **trainer.evaluate_all(loader)}
         for name in ("last", "best"):
             found = results[name]
             self.accelerator.print(
                 f"test: split {self.data.test.name!r}, {name} (epoch {found['epoch']}): loss {found['eval_loss']:.3f}, "
                 f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
+                + (f"; {found['eval_skipped']} bad images left out" if found.get("eval_skipped") else "")
             )
         if self.accelerator.is_main_process:
             (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
             for name in ("last", "best"):
-                update_record(self.folder / name, results={"split": self.data.test.name, **results[name]})
+                claim = _claim(results[name], self.data.test, results[name].get("eval_skipped", 0))
+                update_record(self.folder / name, results={"split": self.data.test.name, **claim})
         return results["last"]
 
     def _results(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What is claimed of weights: the evaluation after their epoch."""
         part = "" if self.config.val_fraction is None else f" ({self.config.val_fraction:g} of it, for validation)"
-        found = {key: metrics[key] for key in ("epoch", "top1", "top5", "eval_loss")}
-        return {"split": self.data.val.name + part, **found}
+        return {"split": self.data.val.name + part, **_claim(metrics, self.data.val, metrics.get("eval_skipped", 0))}
 
     def _best(self) -> dict[str, float]:
         """The metrics of the best epoch, the later of equals."""
         metric, sign = self.config.eval_metric, -1 if self.config.eval_metric == "eval_loss" else 1
-        return max(reversed(self.history), key=lambda line: sign * line[metric])
+        def rank(line: dict[str, float]) -> float:
+            return -math.inf if math.isnan(line[metric]) else sign * line[metric]
+
+        return max(reversed(self.history), key=rank)
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that was refused before its first epoch or checkpoint."""
         if self.accelerator.is_main_process and not self.history and not self.checkpoints.all():
             shutil.rmtree(self.folder)
+
+
+def _claim(metrics: dict[str, float], split: Split, skipped: int) -> dict[str, Any]:
+    """Of weights: epoch, figures, and the number of images that they are of."""
+    found = {key: metrics[key] for key in ("epoch", "top1", "top5", "eval_loss")}
+    images = {} if split.size is None else {"images": len(split) - skipped}
+    return found | images | ({"skipped": skipped} if skipped else {})
 
 
 def _make_folder(config: TrainConfig, accelerator: Accelerator) -> Path:

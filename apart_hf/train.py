@@ -74,7 +74,6 @@ def train(config: TrainConfig) -> Path:
         skip_bad=config.on_bad_image == "skip", shuffle_buffer=config.shuffle_buffer,
     ), accelerator)
     train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
-    config = dataclasses.replace(config, loader=loaders.kind)
     model, optimizer = accelerator.prepare(model, make_optimizer(config, model))
     if ema is not None:
         ema.module.to(accelerator.device)
@@ -91,7 +90,7 @@ def train(config: TrainConfig) -> Path:
     set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
 
     say = accelerator.print
-    for line in describe_data(config, data, images["input_size"]):
+    for line in describe_data(config, data, images["input_size"], loaders.kind):
         say(line)
     say(f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
         f"{passes:g} passes a step")
@@ -143,11 +142,11 @@ def train(config: TrainConfig) -> Path:
 
 
 def data_settings(config: TrainConfig) -> DataSettings:
-    names = [field.name for field in dataclasses.fields(DataSettings) if field.name != "skip_bad"]
+    names = [field.name for field in dataclasses.fields(DataSettings) if hasattr(config, field.name)]
     return DataSettings(**{name: getattr(config, name) for name in names}, skip_bad=config.on_bad_image == "skip")
 
 
-def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, int, int]) -> list[str]:
+def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, int, int], loader: str) -> list[str]:
     """What is trained and evaluated on, in words."""
     lines = []
     if config.dataset == "demo" and config.data_dir is None:
@@ -156,7 +155,7 @@ def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, i
             f"{', '.join(name for name in DATASETS if name not in ('demo', 'cifar100'))}), or --data-dir FOLDER."
         )
     count = "streamed" if data.val.size is None else f"{len(data.val):,}"
-    loader = "stream" if data.train.streamed else config.loader
+    loader = "stream" if data.train.streamed else loader
     lines.append(f"data: {len(data.train):,} training and {count} evaluation images, {len(data.class_names)} classes, "
                  f"input {'x'.join(map(str, input_size))}, loader: {loader}")
     if config.val_fraction is not None:

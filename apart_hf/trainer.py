@@ -73,10 +73,9 @@ class Trainer:
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
             lr = self.optimizer.param_groups[0]["lr"]
             self.epoch, self.batch, self.totals = epoch + 1, 0, None
-            metrics = {"epoch": self.epoch, **trained, **self.evaluate(self.val_loader), "lr": lr}
+            metrics = {"epoch": self.epoch, **trained, **self.evaluate_all(self.val_loader), "lr": lr}
             if self.skip_bad:
                 metrics["train_skipped"] = self._skipped(self.train_loader)
-                metrics["eval_skipped"] = self._skipped(self.val_loader)
             yield metrics
             if max_steps is not None and self.steps >= max_steps:
                 return
@@ -201,6 +200,10 @@ class Trainer:
                 buffer.copy_(broadcast(buffer, from_process=0))
             network = self.accelerator.unwrap_model(network, keep_torch_compile=False)
         return evaluate(network, loader, self.accelerator)
+
+    def evaluate_all(self, loader: Any) -> dict[str, float]:
+        """The same, with the number of images that were left out where that may be."""
+        return self.evaluate(loader) | ({"eval_skipped": self._skipped(loader)} if self.skip_bad else {})
 
     def _skipped(self, loader: Any) -> int:
         """Images of a loader that all processes have passed over since the last call."""

@@ -75,6 +75,11 @@ from tests.helpers import FAST, ROOT, run
     (["--on-bad-image", "ignore"], "invalid choice: 'ignore'"),
     (["--initial-checkpoint", "/nowhere.pth"], "/nowhere.pth: there is no such file"),
     (["--lr-base", "-1"], "--lr-base -1.0"),
+    (["--model-kwargs", "act_layer=foo"], "cannot create model 'test_resnet'"),
+    (["--model-kwargs", "features_only=True"], "does not give one value for each of the 10 classes"),
+    (["--train-num-samples", "32"], "add --streaming"), (["--crop-pct", "0"], "--crop-pct 0.0"),
+    (["--std", "0", "1", "1"], r"--std .0.0, 1.0, 1.0."), (["--checkpoint-every", "5x"], "--checkpoint-every '5x'"),
+    (["--resume", "/nowhere"], "--resume /nowhere: there is no checkpoint"),
     (["--log-wandb"], "--report-to wandb: not installed"),
 ])
 def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, capsys):

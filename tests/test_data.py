@@ -179,6 +179,7 @@ def test_names_that_do_not_exist(parquet, arguments, message):
     ({"train": split()}, "no split called validation or .*: the splits are train;.*--val-split"),
     ({"train": split(), "test": split(names=("cat", "cow", "dog"))}, r"'test': 2 labels .* first at index 2 \(2\)"),
     ({"train": split(labels=[0, 1, -1, 0, 1, 0]), "test": split()}, r"'train': 1 labels .*0\.\.1, .* index 2 \(-1\)"),
+    ({"train": split(names=(), labels=[0, 1, None] * 2), "test": split()}, "'train': 2 labels are missing, .* at 2"),
     ({"train": split(names=(), labels=[0, 1] * 3), "test": split(names=(), labels=[5] * 6)}, r"'test': 6 labels"),
     ({"train": split().remove_columns("label"), "test": split()}, "cannot load|no class label column"),
 ])

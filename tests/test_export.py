@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -77,6 +78,14 @@ def test_what_create_model_took_is_recorded(name, kwargs, tmp_path):
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert torch.equal(model(images), again(images))
+
+
+@pytest.mark.parametrize("more", [{}, {"dynamo_backend": "eager"}])
+def test_a_model_that_accelerate_prepared_for_16_bits(more, tmp_path):
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", **more)
+    model = accelerator.prepare(resnet())
+    export(accelerator.unwrap_model(model, keep_torch_compile=False), tmp_path)
+    assert "_original_forward" in vars(accelerator.unwrap_model(model, keep_torch_compile=False))  # as it was
 
 
 def test_training_goes_on_as_before(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from apart_hf import ApartError, hub_client, list_pretrained, load_pretrained
+from apart_hf.card import FIRST, LAST
 from apart_hf.config import TrainConfig
 from apart_hf.hub import PushOptions, push, stage
 from apart_hf.pretrained import find_pretrained
@@ -124,7 +125,7 @@ def test_train_push_load_validate(hub, tmp_path, capsys):
 
 
 def test_a_claim_that_does_not_hold(folder, tmp_path, capsys):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir()  # the name of the training's folder
     demo_rows("test").select(range(60)).to_parquet(str(tmp_path / "data/test.parquet"))
     command = ["--checkpoint", str(folder), "--data-dir", str(tmp_path / "data"), "--val-split", "test"]
     validate_command(command)
@@ -135,6 +136,9 @@ def test_a_claim_that_does_not_hold(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         validate_command(command)
     assert stop.value.code == 1 and "it does NOT hold (difference -1.00)" in capsys.readouterr().out
+    (tmp_path / "data").rename(tmp_path / "others")
+    validate_command([*command[:3], str(tmp_path / "others"), *command[4:]])  # other images: nothing to compare with
+    assert "claimed: for other images: 60 of split 'test'" in capsys.readouterr().out
 
 
 def test_damage_on_the_way_is_found(hub, quickly, folder):
@@ -148,7 +152,7 @@ def test_damage_on_the_way_is_found(hub, quickly, folder):
     hub.corrupt("user/fragile", "model.safetensors")
     cached.write_bytes(content)
     timm.create_model("hf_hub:user/fragile", pretrained=True)  # timm does not notice
-    with pytest.raises(ApartError, match="the weights of user/fragile are damaged: the sha256"):
+    with pytest.raises(ApartError, match="is damaged: its sha256 is not"):
         load_pretrained("user/fragile")
 
 
@@ -159,7 +163,7 @@ def test_another_revision(hub, quickly, folder):
     with pytest.raises(ApartError, match=r"has no model\.safetensors; pickled weights"):
         push(folder, ID)
     hub.put(ID, {"config.json": b"{}"}, revision="broken")
-    with pytest.raises(ApartError, match=r"no model that timm loads|is no model"):
+    with pytest.raises(ApartError, match="is no exported model"):
         load_pretrained(ID, revision="broken")
     assert hub.files(ID) == first and load_pretrained(ID, revision="main")[0].num_classes == 10
 
@@ -191,6 +195,47 @@ def test_a_folder_that_timm_saved(hub, tmp_path):
     assert load_pretrained("user/plain")[0].num_classes == 3
 
 
+def test_what_is_written_in_one_repository_stays_there(hub, quickly, folder):
+    push(folder, "user/secret", PushOptions(private=True))
+    card = hub.files("user/secret")["README.md"].decode()
+    hub.put("user/secret", {"README.md": (card + "\n## Internal\n").encode()})
+    push(folder, "user/secret")
+    push(folder, "user/public")
+    assert b"Internal" in hub.files("user/secret")["README.md"]
+    assert b"Internal" not in hub.files("user/public")["README.md"]
+    with pytest.raises(ApartError, match="user/public is there already and is public"):
+        push(folder, "user/public", PushOptions(private=True))
+
+
+def test_another_model_in_the_same_repository(hub, quickly, folder, tmp_path):
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "last/config.json").read_text())
+    config["apart"] |= {"base_model": "timm/other", "method": "sam"}
+    config["apart"]["data"] |= {"hub_id": "uoft-cs/cifar10", "whole": True}
+    (other / "last/config.json").write_text(json.dumps(config))
+    push(other, ID)
+    before = ModelCard(hub.files(ID)["README.md"].decode()).data
+    assert before.base_model == "timm/other" and before.datasets == ["uoft-cs/cifar10"] and "sam" in before.tags
+    push(folder, ID)
+    after = ModelCard(hub.files(ID)["README.md"].decode()).data
+    assert after.base_model is None and after.datasets is None and "sam" not in after.tags
+
+
+@pytest.mark.parametrize("text", [
+    b"---\n- a list\n---\nx", b"---\na: [\n---\nx", b"\xff\xfe", f"{LAST} {FIRST}".encode(),
+])
+def test_a_strange_card_is_kept_or_named(text, hub, quickly, folder):
+    push(folder, ID)
+    hub.put(ID, {"README.md": text})
+    try:
+        push(folder, ID)
+    except ApartError as error:
+        assert "the card that is there cannot be read" in str(error) and "\n" not in str(error)
+        assert hub.files(ID)["README.md"] == text
+    else:
+        assert text.decode(errors="replace") in hub.files(ID)["README.md"].decode()
+
+
 def test_pushing_again_replaces_ours_and_keeps_theirs(hub, quickly, folder):
     push(folder, ID)
     card = hub.files(ID)["README.md"].decode()
@@ -219,7 +264,7 @@ ENDPOINTS = ["/api/whoami-v2", "/api/repos/create", "/api/validate-yaml", "/preu
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "1"}}, {"cut": True}])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"cut": True}])
 def test_a_passing_fault_anywhere_is_survived(endpoint, fault, hub, quickly, folder):
     if endpoint == "/lfs/" and "cut" in fault:
         pytest.skip("see test_a_cut_upload")
@@ -228,10 +273,18 @@ def test_a_passing_fault_anywhere_is_survived(endpoint, fault, hub, quickly, fol
     assert hub.faults_left() == 0 and arrived(hub) == FILES and len(hub.commits(ID)) == 2
 
 
+@pytest.mark.parametrize("endpoint", ["/api/repos/create", "/commit/"])
+def test_it_waits_as_long_as_the_server_asks(endpoint, hub, quickly, folder):
+    hub.fail(endpoint, status=429, headers={"Retry-After": "1"})
+    start = time.perf_counter()
+    push(folder, ID)
+    assert time.perf_counter() - start > 1 and arrived(hub) == FILES and len(hub.commits(ID)) == 2
+
+
 @pytest.mark.parametrize("endpoint", ["/api/repos/create", "/api/validate-yaml", "/commit/"])
 def test_a_lasting_fault_ends_in_one_line_and_a_rerun_finishes(endpoint, hub, quickly, folder):
     hub.fail(endpoint, status=500, times=None)
-    with pytest.raises(ApartError, match=r"the Hub answered 500 .*Run the same command again") as error:
+    with pytest.raises(ApartError, match=r"the Hub answered 500 .*run the same command again") as error:
         push(folder, ID)
     assert "\n" not in str(error.value)
     with contextlib.suppress(KeyError):
@@ -303,7 +356,7 @@ def test_who_may_push(token, repo_id, message, hub, quickly, folder, monkeypatch
     said = capsys.readouterr()
     assert stop.value.code == 2 and re.search(message, said.err) and said.err.count("\n") == 1, said.err
     assert not token or token not in said.err + said.out
-    assert len(hub.commits(ID)) == 2 and (folder / "hub/README.md").exists()
+    assert len(hub.commits(ID)) == 2
 
 
 def test_a_token_is_refused_before_training(hub, tmp_path, monkeypatch):
@@ -371,13 +424,14 @@ def test_folders_that_cannot_be_pushed(arguments, message, tmp_path, monkeypatch
 
 
 def test_a_damaged_folder_is_not_pushed(hub, folder):
+    """Nor is a repository made for it."""
     file = folder / "last/model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
     with pytest.raises(ApartError, match="is damaged: its sha256"):
         push(folder, ID)
-    assert arrived(hub) == set()
+    assert not any("/repos/create" in path for _, path in hub.requests)
 
 
 def test_comparison_with_another_run(folder, tmp_path):
@@ -395,7 +449,34 @@ def test_comparison_with_another_run(folder, tmp_path):
         stage(folder, ID, PushOptions(compare_with=other))
 
 
-def test_names_that_are_not_there():
+@pytest.mark.parametrize("content", ["{", "[]", '{"architecture": "resnet18"}', '{"apart": 3}'])
+def test_a_config_that_is_none(content, folder):
+    (folder / "last/config.json").write_text(content)
+    for read in (lambda: load_pretrained(str(folder)), lambda: stage(folder, ID)):
+        with pytest.raises(ApartError, match="is no exported model"):
+            read()
+
+
+def test_weights_without_a_record_that_are_cut(folder):
+    config = json.loads((folder / "last/config.json").read_text())
+    del config["apart"]["sha256"]
+    (folder / "last/config.json").write_text(json.dumps(config))
+    (folder / "last/model.safetensors").write_bytes(b"")
+    with pytest.raises(ApartError, match="is no model that timm loads"):
+        load_pretrained(str(folder))
+    (folder / "metrics.jsonl").write_text("{")
+    with pytest.raises(ApartError, match=r"metrics\.jsonl cannot be read"):
+        stage(folder, ID)
+
+
+def test_names_that_are_not_there(online):
+    start = time.perf_counter()
+    with pytest.raises(ApartError, match=r"typo/folder is no local folder, and http.* cannot be reached"):
+        load_pretrained("typo/folder")
+    assert time.perf_counter() - start < 8
+    for name in ("a b/c", "../x", "user/.."):
+        with pytest.raises(ApartError, match="is no name for a repository"):
+            load_pretrained(name)
     with pytest.raises(ApartError, match="unknown pretrained model 'nothing'"):
         load_pretrained("nothing")
     assert all("/" not in name for name in list_pretrained())

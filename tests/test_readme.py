@@ -29,7 +29,7 @@ def test_the_loop_runs():
 def test_every_train_command_parses():
     shell = "".join(blocks("bash")).splitlines()
     commands = [shlex.split(line) for line in shell if "scripts/train.py" in line]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         parse_arguments(command[command.index("scripts/train.py") + 1:])
 

@@ -52,7 +52,7 @@ CASES = {
     "apart": {"method": "apart", "groups": 2, "ratio": 0.5, "model_ema": True, "every": 2},
     "apart, workers": {"method": "apart", "groups": 2, "loader": "workers", "workers": 1, "reprob": 0.5},
     "apart, stream": {"method": "apart", "groups": 2, "streaming": True, "shuffle_buffer": 20},
-    "sam": {"method": "sam", "grad_accum_steps": 2, "batch_size": 4, "channels_last": True, "opt": "adamw", "lr": 1e-3},
+    "sam": {"method": "sam", "grad_accum_steps": 2, "opt": "adamw", "lr": 1e-3, "checkpoint_every": "1"},
     "apart-sam": {"method": "apart-sam", "groups": 2, "amp_dtype": "bfloat16", "sched": "cosine", "warmup_epochs": 1},
     "random-bn": {"method": "random-bn", "groups": 2, "val_fraction": 0.25, "batch_size": 9, "ratio": 2 / 3},
 }
@@ -60,8 +60,8 @@ CASES = {
 
 def settings(little, output, **more):
     return TrainConfig(**{
-        "model": "test_resnet", "method": "standard", "data_dir": little, "batch_size": 8, "epochs": 2, "lr": 0.02, "output": str(output),
-        "experiment": "run", "checkpoint_every": "2", "checkpoint_hist": 99, **more,
+        "model": "test_resnet", "method": "standard", "data_dir": little, "batch_size": 8, "epochs": 2, "lr": 0.02,
+        "output": str(output), "experiment": "run", "checkpoint_every": "2", "checkpoint_hist": 99, **more,
     })
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys):
 
 def test_old_checkpoints_go(little, tmp_path):
     one = train(settings(little, tmp_path, checkpoint_hist=2))
-    assert [path.name for path in sorted((one / "checkpoints").iterdir())] == ["step-00000016", "step-00000018"]
+    assert [path.name for path in sorted((one / "checkpoints").glob("step-*"))] == ["step-00000016", "step-00000018"]
 
 
 def test_what_cannot_be_resumed(little, tmp_path):
@@ -167,7 +167,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "warning: no checkpoint at step 6" in result.stdout and "step-00000003 stays" in result.stdout
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000003"]
     assert damage(tmp_path / "run/checkpoints/step-00000003") is None
 
 
@@ -177,7 +177,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path):
 def command(little, output, *more):
     return [
         sys.executable, str(ROOT / "scripts/train.py"), "--model", "test_resnet", "--groups", "2", "--data-dir", little,
-        "-b", "8", "--epochs", "30", "--lr", "0.02", "--checkpoint-every", "3", "--resume", "auto", "--output",
+        "-b", "8", "--epochs", "12", "--lr", "0.02", "--checkpoint-every", "3", "--resume", "auto", "--output",
         str(output), "--experiment", "run", *more,
     ]
 
@@ -201,7 +201,7 @@ def killed(number, little, whole, tmp_path, more=()):
         process = start(command(little, tmp_path, *more))
         wait_for_checkpoint(process, folder)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0.0, 4.0))
+            process.wait(timeout=rng.uniform(0.0, 2.0))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         process.communicate()
@@ -220,8 +220,8 @@ def whole(little, tmp_path_factory):
     return output / "run"
 
 
-def test_killed_twice(little, whole, tmp_path):
-    killed(2, little, whole, tmp_path)
+def test_killed_at_a_random_moment(little, whole, tmp_path):
+    killed(1, little, whole, tmp_path)
 
 
 @pytest.mark.slow
@@ -229,7 +229,9 @@ def test_killed_twenty_times(little, whole, tmp_path):
     killed(20, little, whole, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", [
+    "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), pytest.param("SIGUSR1", marks=pytest.mark.slow),
+])
 def test_a_signal_stops_at_a_checkpoint(name, little, whole, tmp_path):
     process = start(command(little, tmp_path))
     wait_for_checkpoint(process, tmp_path / "run")

@@ -103,6 +103,17 @@ def test_another_method_takes_its_own_hyper_parameters(tmp_path, capsys):
         parse_arguments(["--config", str(file), "--recipe", "cifar100-wrn40-sam"])
 
 
+@pytest.mark.parametrize("flags, want", [
+    (["--amp"], {"amp_dtype": "bfloat16"}), (["--lr-base", "0.8"], {"lr": None}),
+    (["--input-size", "3", "32", "32"], {"img_size": 32}), (["--img-size", "40"], {"img_size": 40}),
+])
+def test_a_flag_unsets_what_the_file_says_of_the_same(flags, want, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("amp_dtype: float32\nlr: 0.1\nimg_size: 28\ninput_size: [3, 28, 28]\n")
+    found = printed(capsys, "--config", str(file), *flags)
+    assert {key: found[key] for key in want} == want
+
+
 @pytest.mark.parametrize("text, message", [
     ("epoch: 3", r"unknown key in .* 'epoch': did you mean 'epochs'"),
     ("epochs: many", r"epochs: 'many' is no int"),

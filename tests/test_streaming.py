@@ -145,6 +145,13 @@ def test_what_a_stream_cannot_tell(tmp_path, folder):
         Loaders(data, LoaderSettings(CONFIG, 8, 8), Accelerator(cpu=True))
 
 
+def test_a_class_map_of_a_stream(folder, tmp_path):
+    (tmp_path / "names").write_text("\n".join(str(i) for i in reversed(range(ROWS))))
+    data = load(data_dir=folder, streaming=True, class_map=str(tmp_path / "names"))
+    plain = labels(label_of(load(data_dir=folder, streaming=True).val))
+    assert labels(label_of(data.val)) == [ROWS - 1 - label for label in plain]
+
+
 @pytest.mark.parametrize("kind", ["imagefolder", "save_to_disk"])
 def test_other_folders_stream_too(kind, tmp_path):
     image = PIL.new("RGB", (16, 16))

@@ -104,7 +104,7 @@ def test_a_class_map_orders_the_classes(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("a\nb\n", "12 names are not in both"), ("", "needs class names"), ("a\na\n", "needs class names"),
+    ("a\nb\n", "12 class names are not in both"), ("", "needs class names"), ("a\na\n", "needs class names"),
     (None, "cannot be read"),
 ])
 def test_a_bad_class_map(text, message, tmp_path):

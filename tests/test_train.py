@@ -23,7 +23,7 @@ from apart_hf.train import train
 from apart_hf.trainer import Trainer
 from tests.helpers import FAST, ROOT, assert_same, batch, build, demo_rows, run
 
-RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots"}
+RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots", "checkpoints"}
 
 
 def lines(folder):

@@ -82,7 +82,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated():
     # timm starts the average from the weights after the first step
     assert_same(dict(ema.module.named_parameters()), {n: (p + seen[1][n]) / 2 for n, p in seen[0].items()}, 1e-12)
     assert list(ema.module.state_dict()) == list(model.state_dict())
-    found = one.evaluate()
+    found = one.evaluate(one.val_loader)
     images, labels = batch(16)
     with torch.no_grad():
         assert found["eval_loss"] == pytest.approx(cross_entropy(ema.module.eval()(images), labels).item())

@@ -7,12 +7,10 @@ import struct
 import zlib
 from typing import Any
 
-import torch
 from datasets import Image
 from PIL import Image as PIL
-from torch.utils.data import get_worker_info
 
-from apart_hf.errors import ApartError
+from apart_hf.errors import OneProcessError
 
 ON_BAD_IMAGE = ("error", "skip")
 IGNORED = -1  # class index of a row that stands for no image
@@ -49,27 +47,6 @@ def _start(content: bytes) -> str:
     return f"{len(content)} bytes that start with {io.BytesIO(content).read(8)!r}"
 
 
-def bad_image(place: str, error: Exception) -> ApartError:
+def bad_image(place: str, error: Exception) -> OneProcessError:
     """What to say of the image at `place`, for instance "image 3 of split 'train'"."""
-    return ApartError(f"{place} cannot be decoded ({error}); replace it, or pass over such: --on-bad-image skip.")
-
-
-class Skipped:
-    """Counts images passed over in an epoch, in loader processes too: memory that they share.
-
-    Args:
-        workers: loader processes.
-    """
-
-    def __init__(self, workers: int = 0):
-        self._counts = torch.zeros(workers + 1, dtype=torch.int64).share_memory_()  # one writer each
-
-    def add(self, count: int = 1) -> None:
-        worker = get_worker_info()
-        self._counts[0 if worker is None else worker.id + 1] += count
-
-    def take(self) -> int:
-        """The count since the last call."""
-        count = int(self._counts.sum())
-        self._counts.zero_()
-        return count
+    return OneProcessError(f"{place} cannot be decoded ({error}); replace it, or pass over such: --on-bad-image skip.")

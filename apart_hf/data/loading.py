@@ -33,6 +33,7 @@ class DataSettings:
         streaming: read images as they come.
         train_num_samples: images in the training split, of a stream that does not tell.
         skip_bad: images that cannot be decoded are no error.
+        class_names: what `class_map` holds, where it is in no file.
     """
 
     dataset: str = "demo"
@@ -48,6 +49,7 @@ class DataSettings:
     streaming: bool = False
     train_num_samples: int | None = None
     skip_bad: bool = False
+    class_names: tuple[str, ...] | None = None
 
     @property
     def named(self) -> dict[str, str]:
@@ -169,12 +171,13 @@ def _class_names(data: Dataset, spec: DatasetSpec, settings: DataSettings) -> li
     """By class index: of --class-map, of the data, or else the numbers up to the largest label."""
     feature, expected = data.features[spec.target_key], None if spec.local else spec.num_classes
     found = list(feature.names) if isinstance(feature, ClassLabel) else None
-    if settings.class_map is not None:
-        names = _read_class_map(settings.class_map)
+    if settings.class_map is not None or settings.class_names is not None:
+        where = "the model" if settings.class_map is None else f"--class-map {settings.class_map}"
+        names = list(settings.class_names) if settings.class_map is None else _read_class_map(settings.class_map)
         if found is not None and (strange := sorted(set(found) ^ set(names))):
             raise ApartError(
-                f"--class-map {settings.class_map}: {len(strange)} names are not in both the file and the data, the "
-                f"first is {strange[0]!r}; it needs every class of the data once."
+                f"{where}: {len(strange)} class names are not in both it and the data, the first is {strange[0]!r}; it "
+                "needs every class of the data once."
             )
         return names
     if found is None and settings.streaming:
@@ -206,18 +209,18 @@ def _checked(data: Dataset, name: str, spec: DatasetSpec, names: list[str], sett
     for key, flag in ((spec.input_key, "--input-key"), (spec.target_key, "--target-key")):
         if key not in data.features:
             raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
-    feature = data.features[spec.target_key]
-    if isinstance(feature, ClassLabel) and list(feature.names) != names:
-        if settings.class_map is None or set(feature.names) != set(names):
+    feature, relabel = data.features[spec.target_key], None
+    own = list(feature.names) if isinstance(feature, ClassLabel) else names
+    if own != names:
+        if (settings.class_map or settings.class_names) is None or set(own) != set(names):
             raise ApartError(
-                f"split {name!r} has {len(feature.names)} classes and split {spec.train_split!r} {len(names)}, or in "
+                f"split {name!r} has {len(own)} classes and split {spec.train_split!r} {len(names)}, or in "
                 "another order; both splits need the same classes in the same order."
             )
-        data = data.align_labels_with_mapping({name: index for index, name in enumerate(names)}, spec.target_key)
-    if settings.streaming:
-        split = Split.of(data, name, spec.input_key, spec.target_key)
-        return replace(split, size=_stream_size(split, spec, settings))
+        relabel = np.array([names.index(one) for one in own])
     split = Split.of(data, name, spec.input_key, spec.target_key)
+    if settings.streaming:
+        return replace(split, size=_stream_size(split, spec, settings), relabel=relabel)
     if not len(split):
         raise ApartError(f"split {name!r} of {spec.path} is empty.")
     labels = split.labels()
@@ -227,7 +230,7 @@ def _checked(data: Dataset, name: str, spec: DatasetSpec, names: list[str], sett
             f"split {name!r}: {len(bad)} labels are outside 0..{len(names) - 1}, the first at index {bad[0]} "
             f"({labels[bad[0]]}); correct the labels, or choose a labelled split."
         )
-    return split
+    return replace(split, relabel=relabel)
 
 
 def _stream_size(split: Split, spec: DatasetSpec, settings: DataSettings) -> int | None:

@@ -9,15 +9,16 @@ import torch
 from PIL import Image as PIL
 from torch import Tensor
 
-from apart_hf.data.images import IGNORED, BadImage, Skipped, bad_image, rgb
-from apart_hf.data.randomness import Epoch, drawn_from
+from apart_hf.data.images import IGNORED, BadImage, bad_image, rgb
+from apart_hf.data.of_epoch import OfEpoch
+from apart_hf.data.randomness import drawn_from
 from apart_hf.data.splits import Split
 
 _TRIES = 100
 _BLACK = PIL.new("RGB", (64, 64))
 
 
-class TransformedImages(torch.utils.data.Dataset):
+class TransformedImages(OfEpoch, torch.utils.data.Dataset):
     """(image tensor (3, H, W), class index) of a split, map-style.
 
     What a training transform draws depends on (seed, epoch, the batch's own indices) alone, so that any batch can be
@@ -37,23 +38,12 @@ class TransformedImages(torch.utils.data.Dataset):
         self, split: Split, transform: Callable, *, training: bool = False, seed: int = 0, skip_bad: bool = False,
         workers: int = 0,
     ):
+        super().__init__(workers)
         self.split, self.transform, self.training, self.seed = split, transform, training, seed
-        self.skip_bad, self._skipped, self._epoch = skip_bad, Skipped(workers), Epoch()
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.split)
-
-    def take_skipped(self) -> int:
-        """Images passed over since the last call."""
-        return self._skipped.take()
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's loader: another epoch draws other augmentations."""
-        self._epoch.set(epoch)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
@@ -72,7 +62,7 @@ class TransformedImages(torch.utils.data.Dataset):
         except BadImage as error:
             if not self.skip_bad:
                 raise bad_image(self.split.place(index), error) from error
-            self._skipped.add()
+            self.skip()
             return self._instead(index, error)
 
     def _instead(self, index: int, error: BadImage) -> tuple[Tensor, int]:

@@ -27,16 +27,3 @@ def drawn_from(*entropy: int) -> Iterator[None]:
         torch.set_rng_state(kept[0])
         np.random.set_state(kept[1])
         random.setstate(kept[2])
-
-
-class Epoch:
-    """The epoch's number, seen by loader processes that live longer than one epoch: memory that they share."""
-
-    def __init__(self):
-        self._number = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set(self, number: int) -> None:
-        self._number.fill_(number)
-
-    def __int__(self) -> int:
-        return int(self._number)

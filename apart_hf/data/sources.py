@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -13,9 +10,7 @@ from datasets import DatasetDict, IterableDatasetDict
 
 from apart_hf.data.registry import DatasetSpec
 from apart_hf.errors import ApartError
-from apart_hf.hub_client import transport_errors
-
-CONNECT_SECONDS = 3.0  # then the Hub counts as out of reach
+from apart_hf.hub_client import offline_if_unreachable, transport_errors
 
 
 def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
@@ -57,30 +52,3 @@ def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | Ite
 def _streamed(saved: DatasetDict) -> IterableDatasetDict:
     parts = {name: max(1, min(64, len(data) // 100)) for name, data in saved.items()}
     return IterableDatasetDict({name: data.to_iterable_dataset(parts[name]) for name, data in saved.items()})
-
-
-@contextlib.contextmanager
-def offline_if_unreachable() -> Iterator[str]:
-    """Within, the libraries do not try to reach a Hub that does not answer; gives the reason, empty where it does."""
-    constants = huggingface_hub.constants
-    if huggingface_hub.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
-        yield "HF_HUB_OFFLINE is set"
-        return
-    try:  # its own client: proxies and certificates are those of the user
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
-    except transport_errors() as error:
-        reason = f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__})"
-    else:
-        yield ""
-        return
-    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for loader processes
-    try:
-        yield reason
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept[:2]
-        if kept[2] is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = kept[2]

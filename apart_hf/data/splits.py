@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class Split:
         input_key, target_key: the columns.
         size: rows; None: a stream of unknown length.
         rows: (size,) positions in the split; None: all of them, in order.
+        relabel: class index by the data's own one; None: they are the same.
     """
 
     data: Dataset | IterableDataset
@@ -30,6 +31,7 @@ class Split:
     target_key: str
     size: int | None
     rows: np.ndarray | None = None
+    relabel: np.ndarray | None = None
 
     @classmethod
     def of(cls, data: Dataset | IterableDataset, name: str, input_key: str, target_key: str, size: int | None = None):
@@ -51,19 +53,27 @@ class Split:
         return f"image {index if self.rows is None else self.rows[index]} of split {self.name!r}"
 
     def labels(self) -> np.ndarray:
-        """The class indices (size,); not of a stream. Reads no image."""
-        table = self.data.select_columns([self.target_key]).with_format("arrow")[:]
-        return table[self.target_key].to_numpy()
+        """The class indices (size,); not of a stream. Reads no image.
+
+        Raises: ApartError where one is missing.
+        """
+        column = self.data.select_columns([self.target_key]).with_format("arrow")[:][self.target_key]
+        if column.null_count:
+            first = column.is_null().to_numpy().argmax()
+            raise ApartError(f"split {self.name!r}: {column.null_count} labels are missing, the first at {first}.")
+        found = column.to_numpy()
+        return found if self.relabel is None else self.relabel[found]
 
     def cells(self, indices: list[int]) -> list[tuple[dict[str, Any] | None, int]]:
         """(encoded image, class index) of rows; not of a stream. One look-up is several times faster than one a row."""
         rows = self.data[indices]
-        return list(zip(rows[self.input_key], rows[self.target_key]))
+        labels = rows[self.target_key]
+        return list(zip(rows[self.input_key], labels if self.relabel is None else self.relabel[labels].tolist()))
 
     def part(self, indices: np.ndarray) -> Split:
         """These rows alone."""
         rows = indices if self.rows is None else self.rows[indices]
-        return Split(self.data.select(indices), self.name, self.input_key, self.target_key, len(indices), rows)
+        return replace(self, data=self.data.select(indices), size=len(indices), rows=rows)
 
     def image_size(self, skip_bad: bool) -> tuple[int, int]:
         """(width, height) in pixels of the first image that can be decoded.

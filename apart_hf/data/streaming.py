@@ -12,15 +12,16 @@ from PIL import Image as PIL
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from apart_hf.data.images import IGNORED, BadImage, Skipped, bad_image, rgb
-from apart_hf.data.randomness import Epoch, drawn_from
+from apart_hf.data.images import IGNORED, BadImage, bad_image, rgb
+from apart_hf.data.of_epoch import OfEpoch
+from apart_hf.data.randomness import drawn_from
 from apart_hf.data.splits import Split
-from apart_hf.errors import ApartError
+from apart_hf.errors import OneProcessError
 
 _BLACK = PIL.new("RGB", (64, 64))
 
 
-class StreamedImages(torch.utils.data.IterableDataset):
+class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
     """(image tensor (3, H, W), class index) of one process's share of a stream, shared out to its loader processes.
 
     In training an epoch has a fixed number of batches on every process, all of them full: shards are shuffled, then
@@ -45,28 +46,17 @@ class StreamedImages(torch.utils.data.IterableDataset):
         workers: int = 0, batches: int | None = None, batch_size: int = 1, buffer: int = 2048, seed: int = 0,
         skip_bad: bool = False,
     ):
+        super().__init__(workers)
         self.split, self.transform, self.classes = split, transform, classes
         self.process, self.processes = process, processes
         self.batches, self.batch_size, self.buffer, self.seed = batches, batch_size, buffer, seed
-        self.skip_bad, self._skipped, self._epoch = skip_bad, Skipped(workers), Epoch()
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         """Images of an epoch on this process; of training alone."""
         if self.batches is None:
             raise TypeError("the number of images of an evaluation stream is not known")
         return self.batches * self.batch_size
-
-    def take_skipped(self) -> int:
-        """Images passed over since the last call."""
-        return self._skipped.take()
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's loader."""
-        self._epoch.set(epoch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
@@ -99,12 +89,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 place = (f"image {position - 1} of split {self.split.name!r}, as read by process {self.process} in "
                          f"loader process {worker},")
                 self._check_label(label, place)
+                label = label if self.split.relabel is None else int(self.split.relabel[label])
                 try:
                     image = rgb(encoded)
                 except BadImage as error:
                     if not self.skip_bad:
                         raise bad_image(place, error) from error
-                    self._skipped.add()
+                    self.skip()
                     if not training:
                         yield torch.zeros_like(self.transform(_BLACK)), IGNORED
                     continue
@@ -118,13 +109,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if not training:
                 return
             if not good:
-                raise ApartError(
+                raise OneProcessError(
                     f"no image of split {self.split.name!r} can be read by process {self.process} in loader process "
                     f"{worker}: the stream has {stream.num_shards} parts there; use fewer --workers."
                 )
 
     def _check_label(self, label: int | None, place: str) -> None:
         if label is None or not 0 <= label < self.classes:
-            raise ApartError(
+            raise OneProcessError(
                 f"{place} has label {label}, outside 0..{self.classes - 1}; correct it, or choose a labelled split."
             )

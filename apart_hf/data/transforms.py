@@ -16,7 +16,8 @@ SMALL = 96  # pixels; up to here images are cropped from a padded original inste
 
 
 def data_config(
-    pretrained_cfg: dict[str, Any], image_size: tuple[int, int], *, img_size: int | None = None, mean=None, std=None
+    pretrained_cfg: dict[str, Any], image_size: tuple[int, int], *, img_size: int | None = None, mean=None, std=None,
+    interpolation: str | None = None, crop_pct: float | None = None,
 ) -> dict[str, Any]:
     """timm's description of the evaluation images: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
@@ -26,6 +27,7 @@ def data_config(
         img_size: edge of the network's input, in pixels; None: the images' shorter edge where they are small, else
             the model's own.
         mean, std: per channel; None: the model's.
+        interpolation, crop_pct: of the evaluation images; None: the model's, and small images whole.
     """
     small = max(image_size) <= SMALL
     fixed = pretrained_cfg.get("fixed_input_size")
@@ -33,6 +35,7 @@ def data_config(
     config = resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=pretrained_cfg)
     if small:
         config["crop_pct"] = 1.0
+    config |= {k: v for k, v in (("interpolation", interpolation), ("crop_pct", crop_pct)) if v is not None}
     return config | {key: tuple(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
 
 
