@@ -15,6 +15,7 @@ os.environ |= {
 os.environ.pop("HF_TOKEN", None)
 
 import shutil
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -22,7 +23,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.helpers import batch, build
+from apart_hf import hub_client
+from apart_hf.config import TrainConfig
+from apart_hf.train import train
+from tests.helpers import batch, build, demo_rows
 from tests.hub_server import HubServer
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
@@ -71,3 +75,32 @@ def model():
 @pytest.fixture
 def data():
     return batch(8, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of two epochs on 128 images of the demo set."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "data").mkdir()
+    for name, rows in (("train", 128), ("test", 60)):
+        demo_rows(name).select(range(rows)).to_parquet(str(folder / f"data/{name}.parquet"))
+    return train(TrainConfig(
+        model="test_resnet", data_dir=str(folder / "data"), batch_size=32, groups=4, epochs=2, lr=0.02,
+        license="apache-2.0", output=str(folder), experiment="run",
+    ))
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Without the fresh process of `verify`, which takes seconds; other tests go through it."""
+    monkeypatch.setattr("apart_hf.hub.verify", lambda staged: None)

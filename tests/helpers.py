@@ -122,3 +122,13 @@ def snapshot(model):
     ]
     flags = [(m.training, m.track_running_stats) for m in model.modules() if isinstance(m, _BatchNorm)]
     return modules, flags, list(model.state_dict())
+
+
+# what a pushed run consists of, and its name in the tests
+PUSHED = {"model.safetensors", "config.json", "README.md", "metrics.jsonl", "plots/training.png"}
+REPO = "user/demo-test_resnet-apart"
+
+
+def arrived(hub, repo_id=REPO, **more):
+    """Names of the files that were pushed."""
+    return {name for name in hub.files(repo_id, **more) if name != ".gitattributes"}

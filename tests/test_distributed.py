@@ -192,7 +192,7 @@ def synchronised_worker(rank, folder, name, layout):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "test_efficientnet"])
 def test_synchronised_batchnorm_is_one_process_on_the_joint_batch(name, layout, tmp_path):
     """SyncBatchNorm and timm's SyncBatchNormAct: group k is that of both ranks together."""
     ranks = on_two_ranks(synchronised_worker, tmp_path, name, layout)

@@ -182,6 +182,7 @@ def test_a_streamed_run_and_its_repetition(folder, tmp_path):
     assert lines[0] == lines[1] and len(lines[0]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_stream_with_workers(folder, tmp_path):
     """Evaluation shares of 52 and 51 images: every image is counted once."""
     result = run(

@@ -90,7 +90,10 @@ def test_the_average_of_the_weights_is_what_is_evaluated():
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.6 compiles the passes anew at every call")
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", [
+    pytest.param(torch.contiguous_format, marks=pytest.mark.slow, id="nchw"),
+    pytest.param(torch.channels_last, id="channels_last"),
+])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler"),
 ])])
