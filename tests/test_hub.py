@@ -10,9 +10,10 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 
-from apart_hf import ApartError, load_pretrained
+from apart_hf import ApartError, list_pretrained, load_pretrained
 from apart_hf.hub import PushOptions, push
 from apart_hf.pretrained import find_pretrained
+from apart_hf.push import main as push_command
 from apart_hf.validate import main as validate_command
 from tests.helpers import PUSHED, REPO, ROOT, arrived, demo_rows, run
 
@@ -50,18 +51,6 @@ with torch.no_grad():
 """
 
 
-def test_a_process_without_us_gives_the_same_logits(hub, folder, tmp_path):
-    push(folder, REPO)
-    images = torch.randn(4, 3, 28, 28)
-    safetensors.torch.save_file({"images": images}, tmp_path / "images")
-    result = run(sys.executable, "-c", LOAD, REPO, tmp_path / "images", tmp_path / "logits", HF_HOME=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    model, _ = load_pretrained(str(folder))
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        assert torch.equal(safetensors.torch.load_file(tmp_path / "logits")["logits"], model(images))
-
-
 def test_train_push_load_validate(hub, tmp_path, capsys):
     """The whole way, by its commands: what the card claims is measured again from the Hub."""
     result = run(
@@ -74,10 +63,31 @@ def test_train_push_load_validate(hub, tmp_path, capsys):
     claimed = {r.metric_name: r.metric_value for r in card.data.eval_results}["top-1 accuracy (%)"]
     last = json.loads((tmp_path / "demo-test_resnet-apart/metrics.jsonl").read_text().splitlines()[-1])
     assert claimed == last["top1"] and card.data.license == "mit"
+    images = torch.randn(4, 3, 28, 28)
+    safetensors.torch.save_file({"images": images}, tmp_path / "images")
+    loaded = run(sys.executable, "-c", LOAD, REPO, tmp_path / "images", tmp_path / "logits", HF_HOME=str(tmp_path))
+    assert loaded.returncode == 0, loaded.stderr
+    model, _ = load_pretrained(str(tmp_path / "demo-test_resnet-apart"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        assert torch.equal(safetensors.torch.load_file(tmp_path / "logits")["logits"], model(images))
+    torch.set_num_threads(threads)
     validate_command(["--checkpoint", REPO, "--dataset", "demo", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["top1"] == pytest.approx(claimed, abs=1e-6) and found["holds"]
     assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_every_released_model(hub, capsys):
+    before = {file: file.read_bytes() for file in (ROOT / "model_cards").rglob("*") if file.is_file()}
+    push_command(["--all", str(ROOT / "model_cards")])
+    said = capsys.readouterr().out
+    for name in list_pretrained():
+        assert f"user/{name}: {hub.url}/user/{name}/commit/" in said
+        assert f'timm.create_model("hf_hub:user/{name}"' in hub.files(f"user/{name}")["README.md"].decode()
+        assert len(hub.commits(f"user/{name}")) == 2 and load_pretrained(f"user/{name}")[0].num_classes == 10
+    assert before == {file: file.read_bytes() for file in (ROOT / "model_cards").rglob("*") if file.is_file()}
 
 
 def test_a_claim_that_does_not_hold(folder, tmp_path, capsys):
