@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from apart_hf.errors import ApartError
 from apart_hf.export import read_config
-from apart_hf.models import default_cfgs
+from apart_hf.models import is_registered_here
 from apart_hf.strategies import METHODS
 
 _OURS = ("model-index", "base_model", "datasets", "metrics")  # where we say none there is none
@@ -90,7 +90,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         validate=_validate(model), method=method, data_name=data_name,
         every=training.get("settings", {}).get("every", 1),
         comparison=[training["compared_with"], _row(model)] if model.results and "compared_with" in training else None,
-        is_ours=model.config["architecture"] in default_cfgs, architecture=model.config["architecture"],
+        is_ours=is_registered_here(model.config["architecture"]), architecture=model.config["architecture"],
         width=width, height=height, has_names=bool(model.config.get("label_names")), has_plot=model.has_plot,
         settings=_settings(training), classes=model.config["num_classes"],
         versions=", ".join(f"{name} {number}" for name, number in training.get("versions", {}).items()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from apart_hf.config import HYPER_PARAMETERS, TrainConfig
 from apart_hf.config_file import read_config
 from apart_hf.errors import ApartError, OneProcessError, one_line
 from apart_hf.recipes import recipe
+from apart_hf.runtime import rank
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,9 +32,8 @@ def run_command(command: Callable[[str], object]) -> None:
     try:
         command(prog)
     except ApartError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or isinstance(error, OneProcessError):
-            process = f"process {rank}: " if rank else ""
+        if rank() == 0 or isinstance(error, OneProcessError):
+            process = f"process {rank()}: " if rank() else ""
             print(f"{prog}: error: {process}{one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 

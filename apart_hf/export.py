@@ -48,9 +48,7 @@ def export_folder(
     plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors takes nothing else
     if "_original_forward" in vars(plain):  # Accelerate's, for 16-bit arithmetic
         del plain.forward, plain._original_forward
-    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    new = _cleared(folder)
     pretrained_cfg = {"tag": tag, **dict.fromkeys(_SOURCE_FIELDS), "license": license}
     config = {"label_names": label_names, "apart": apart, "pretrained_cfg": pretrained_cfg}
     shared = _shared_tensor(plain)
@@ -65,6 +63,24 @@ def export_folder(
         raise
     # safetensors makes its file private; a folder to be shared gets the permissions of its other file
     (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode & 0o777)
+    _replace(folder)
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """Make `folder` a copy of the exported folder `source`, replacing it as a whole."""
+    shutil.copytree(source, _cleared(folder))
+    _replace(folder)
+
+
+def _cleared(folder: Path) -> Path:
+    """Where a folder is written before it takes its place; what an earlier attempt left there is gone."""
+    for suffix in ("new", "old"):
+        shutil.rmtree(folder.with_name(f".{folder.name}.{suffix}"), ignore_errors=True)
+    return folder.with_name(f".{folder.name}.new")
+
+
+def _replace(folder: Path) -> None:
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

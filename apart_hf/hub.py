@@ -20,7 +20,7 @@ from apart_hf.card import Exported, comparison, make_card, weights_folder
 from apart_hf.errors import ApartError
 from apart_hf.export import CONFIG, WEIGHTS, check_intact, probe, read_config, sha256, update_record
 from apart_hf.hub_client import attempt, check_repo_id
-from apart_hf.models import default_cfgs
+from apart_hf.models import is_registered_here
 from apart_hf.pretrained import load_pretrained
 
 CARD = "README.md"
@@ -94,12 +94,15 @@ def verify(staged: Path) -> None:
 
     Raises: ApartError where they differ or the folder does not load.
     """
-    check_intact(staged)
+    model, _ = load_pretrained(str(staged))  # compares the checksum
     config = read_config(staged)
-    ours = "import apart_hf; " if config["architecture"] in default_cfgs else ""
+    noise = probe(tuple(config["pretrained_cfg"]["input_size"]))
+    with torch.no_grad():
+        want = model(noise)
+    ours = "import apart_hf; " if is_registered_here(config["architecture"]) else ""
     with tempfile.TemporaryDirectory() as scratch:
         images, logits = Path(scratch) / "images.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"images": probe(tuple(config["pretrained_cfg"]["input_size"]))}, images)
+        save_file({"images": noise}, images)
         code = (
             f"{ours}import sys, timm, torch; from safetensors.torch import load_file, save_file; "
             f"torch.set_num_threads({torch.get_num_threads()}); "
@@ -113,9 +116,6 @@ def verify(staged: Path) -> None:
             reason = (loaded.stderr.strip().splitlines() or ["no message"])[-1]
             raise ApartError(f"{staged} does not load in timm ({reason}); export it again.")
         found = load_file(logits)["logits"]
-    model, _ = load_pretrained(str(staged))
-    with torch.no_grad():
-        want = model(probe(tuple(config["pretrained_cfg"]["input_size"])))
     if not torch.allclose(found, want, rtol=1e-5, atol=1e-6):
         worst = (found - want).abs().max().item()
         raise ApartError(f"{staged} gives other logits in a fresh process (by {worst:.3g}); it is not pushed.")
@@ -180,8 +180,8 @@ def _commit(api: HfApi, staged: Path, repo_id: str, options: PushOptions) -> str
     """One commit; where its answer is lost, the repository is asked whether it arrived before it is sent again."""
     files = published_files(staged)
     head = attempt(lambda: api.model_info(repo_id, revision=options.revision).sha, repo_id)
-    config = json.loads((staged / CONFIG).read_text())
-    method = (config.get("apart") or {}).get("method")
+    config = read_config(staged)
+    method = config["apart"].get("method")
     message = options.commit_message or f"{config['architecture']}{f', trained by {method}' if method else ''}"
 
     def upload() -> str:
@@ -208,5 +208,3 @@ def _same_file(there, here: Path) -> bool:
         return there.lfs.sha256 == sha256(here)
     content = here.read_bytes()  # git's own name for a file
     return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import datasets
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -42,6 +41,8 @@ def transport_errors() -> tuple[type[Exception], ...]:
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[str]:
     """Within, the libraries do not try to reach a Hub that does not answer; gives the reason, empty where it does."""
+    import datasets  # half a second, which `import apart_hf` need not take
+
     constants = huggingface_hub.constants
     if huggingface_hub.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
         yield "HF_HUB_OFFLINE is set"

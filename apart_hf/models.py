@@ -129,9 +129,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def is_registered_here(model: nn.Module) -> bool:
-    """Whether timm knows the architecture of `model` only after `import apart_hf`."""
-    return model.pretrained_cfg["architecture"] in default_cfgs
+def is_registered_here(architecture: str) -> bool:
+    """Whether timm knows it only after `import apart_hf`."""
+    return architecture in default_cfgs
 
 
 default_cfgs = generate_default_cfgs({

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from apart_hf.config import TrainConfig
-from apart_hf.data import DATASETS, ImageData
+from apart_hf.data import ImageData, registered
 from apart_hf.runtime import git_commit, versions
 
 # settings that say how it was trained, and nothing of the machine or its folders
@@ -68,12 +68,10 @@ def _data(config: TrainConfig, data: ImageData) -> dict[str, Any]:
 
     "whole": what is measured on is that dataset's own split, not a part of it.
     """
-    registered = DATASETS.get(config.dataset)
-    if config.dataset == "demo" and config.data_dir is not None:  # demo is the default: it says nothing of the folder
-        registered = None
-    same = registered is not None and registered.num_classes == len(data.class_names)
+    known = registered(config.dataset, config.data_dir)
+    same = known is not None and known.num_classes == len(data.class_names)
     if data.spec.local:
-        whole = same and registered.source is None and data.held_out.size == registered.val_size
+        whole = same and known.source is None and data.held_out.size == known.val_size
     else:
         whole = config.val_fraction is None or data.test is not None
     hub_id = data.spec.hub_id if same else data.spec.path if not data.spec.local else None

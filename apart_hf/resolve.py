@@ -42,8 +42,7 @@ def check_names(config: TrainConfig) -> None:
 def settle(config: TrainConfig) -> TrainConfig:
     """The config with every None that depends on other settings decided; touches no data."""
     usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
-    if config.data_dir is None or config.dataset != TrainConfig.dataset:
-        usual |= find_dataset(config.dataset, config.data_dir).defaults
+    usual |= find_dataset(config.dataset, config.data_dir).defaults
     method = METHODS[config.method]
     known = method.hyper_parameters()
     lacking = set(HYPER_PARAMETERS) - known.keys()

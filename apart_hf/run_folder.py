@@ -19,7 +19,7 @@ from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
 from apart_hf.data import ImageData, Split
 from apart_hf.errors import ApartError
-from apart_hf.export import export_folder, update_record
+from apart_hf.export import copy_folder, export_folder, update_record
 from apart_hf.plots import plot_training
 from apart_hf.resume import check_unchanged, lock
 from apart_hf.trainer import Trainer
@@ -136,13 +136,13 @@ class RunFolder:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        is_best = self._best() is metrics
-        for name in ("last", "best") if is_best else ("last",):
-            export_folder(
-                plain, self.folder / name, data_config=self.images, label_names=self.data.class_names,
-                tag=f"{self.config.method}_{self.config.dataset_name}".replace("/", "_").replace(".", "_"),
-                apart=self.record | {"results": self._results(metrics)}, license=self.config.license,
-            )
+        export_folder(
+            plain, self.folder / "last", data_config=self.images, label_names=self.data.class_names,
+            tag=f"{self.config.method}_{self.config.dataset_name}".replace("/", "_").replace(".", "_"),
+            apart=self.record | {"results": self._results(metrics)}, license=self.config.license,
+        )
+        if self._best() is metrics:
+            copy_folder(self.folder / "last", self.folder / "best")
         title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
         plot_training(self.history, self.folder / "plots" / "training.png", title)
 
@@ -178,6 +178,7 @@ class RunFolder:
     def _best(self) -> dict[str, float]:
         """The metrics of the best epoch, the later of equals."""
         metric, sign = self.config.eval_metric, -1 if self.config.eval_metric == "eval_loss" else 1
+
         def rank(line: dict[str, float]) -> float:
             return -math.inf if math.isnan(line[metric]) else sign * line[metric]
 

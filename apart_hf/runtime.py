@@ -20,6 +20,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def rank() -> int:
+    """Number of this process in its run, also before there is an accelerator to ask."""
+    return int(os.environ.get("RANK", 0))
+
+
 def use_threads(threads: int | None, local_processes: int) -> int:
     """Set the CPU threads of this process and return them.
 

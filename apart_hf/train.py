@@ -18,7 +18,7 @@ from apart_hf.build import first_line, make_accelerator, make_model, make_optimi
 from apart_hf.command_line import parse_arguments, run_command
 from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
-from apart_hf.data import DATASETS, DataSettings, ImageData, Loaders, LoaderSettings, load_image_data
+from apart_hf.data import DATASETS, DataSettings, ImageData, Loaders, LoaderSettings, load_image_data, registered
 from apart_hf.errors import ApartError
 from apart_hf.hub import check_access, push
 from apart_hf.interruption import EXIT_CODE, Interrupted, Schedule, StopRequest
@@ -26,7 +26,7 @@ from apart_hf.models import is_registered_here
 from apart_hf.record import training_record
 from apart_hf.resolve import check_names, resolve, settle
 from apart_hf.run_folder import RunFolder
-from apart_hf.runtime import use_threads
+from apart_hf.runtime import rank, use_threads
 from apart_hf.strategies import create_strategy
 from apart_hf.trainer import Trainer
 
@@ -41,7 +41,7 @@ def _run(config: TrainConfig) -> None:
         try:
             train(config)
         except Interrupted as stopped:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if rank() == 0:
                 print(f"{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
             sys.exit(EXIT_CODE)
         return
@@ -84,8 +84,9 @@ def train(config: TrainConfig) -> Path:
     )
     strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
     passes = strategy.method.passes(strategy.ratio, config.every)
+    source = accelerator.unwrap_model(model).pretrained_cfg
     record = training_record(config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes,
-                             source=accelerator.unwrap_model(model).pretrained_cfg)
+                             source=source)
     run = RunFolder(config, images, data, strategy.hyper, record, accelerator)
     set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
 
@@ -127,7 +128,7 @@ def train(config: TrainConfig) -> Path:
         raise
     result = run.history[-1] if data.test is None else run.test(trainer, loaders.evaluation(data.test))
     accelerator.end_training()
-    ours = "import apart_hf and " if is_registered_here(accelerator.unwrap_model(model)) else ""
+    ours = "import apart_hf and " if is_registered_here(source["architecture"]) else ""
     say(f"done: top-1 {result['top1']:.2f} % on {data.held_out.name}. Load it with "
         f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
     if config.push_to_hub is not None and accelerator.is_main_process:
@@ -149,7 +150,7 @@ def data_settings(config: TrainConfig) -> DataSettings:
 def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, int, int], loader: str) -> list[str]:
     """What is trained and evaluated on, in words."""
     lines = []
-    if config.dataset == "demo" and config.data_dir is None:
+    if registered(config.dataset, config.data_dir) is DATASETS["demo"]:
         lines.append(
             "data: the bundled demo set, 7,000 images of Fashion-MNIST. For real data: --dataset cifar100 (or "
             f"{', '.join(name for name in DATASETS if name not in ('demo', 'cifar100'))}), or --data-dir FOLDER."

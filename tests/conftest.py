@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState, GradientState
 from apart_hf import hub_client
 from apart_hf.config import TrainConfig
 from apart_hf.train import train
-from tests.helpers import batch, build, demo_rows
+from tests.helpers import batch, build, write_demo
 from tests.hub_server import HubServer
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
@@ -81,12 +81,9 @@ def data():
 def finished(tmp_path_factory):
     """A run of two epochs on 128 images of the demo set."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "data").mkdir()
-    for name, rows in (("train", 128), ("test", 60)):
-        demo_rows(name).select(range(rows)).to_parquet(str(folder / f"data/{name}.parquet"))
     return train(TrainConfig(
-        model="test_resnet", data_dir=str(folder / "data"), batch_size=32, groups=4, epochs=2, lr=0.02,
-        license="apache-2.0", output=str(folder), experiment="run",
+        model="test_resnet", data_dir=write_demo(folder / "data", train=128, test=60), batch_size=32, groups=4,
+        epochs=2, lr=0.02, license="apache-2.0", output=str(folder), experiment="run",
     ))
 
 

@@ -29,6 +29,14 @@ def demo_rows(split):
     return datasets.load_dataset("parquet", data_files=str(DEMO_DIR / f"{split}.parquet"), split="train")
 
 
+def write_demo(folder, **rows):
+    """The first rows of splits of the demo set as a parquet folder: write_demo(folder, train=64, test=40)."""
+    folder.mkdir(exist_ok=True)
+    for split, count in rows.items():
+        demo_rows(split).select(range(count)).to_parquet(str(folder / f"{split}.parquet"))
+    return str(folder)
+
+
 def run(*command, cwd="/", **env):
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd,

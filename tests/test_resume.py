@@ -19,18 +19,14 @@ from apart_hf.checkpoint import damage
 from apart_hf.config import TrainConfig
 from apart_hf.interruption import EXIT_CODE
 from apart_hf.train import train
-from tests.helpers import ROOT, assert_same, demo_rows
+from tests.helpers import ROOT, assert_same, write_demo
 
 TIMING = ("seconds", "images_per_second")
 
 
 @pytest.fixture(scope="module")
 def little(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "little"
-    folder.mkdir()
-    for name, rows in (("train", 72), ("test", 30)):
-        demo_rows(name).select(range(rows)).to_parquet(str(folder / f"{name}.parquet"))
-    return str(folder)
+    return write_demo(tmp_path_factory.mktemp("data") / "little", train=72, test=30)
 
 
 def result(folder):

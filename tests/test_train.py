@@ -21,7 +21,7 @@ from apart_hf.metrics import TopKAccuracy
 from apart_hf.runtime import cores
 from apart_hf.train import train
 from apart_hf.trainer import Trainer
-from tests.helpers import FAST, ROOT, assert_same, batch, build, demo_rows, run
+from tests.helpers import FAST, ROOT, assert_same, batch, build, run, write_demo
 
 RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots", "checkpoints"}
 
@@ -33,11 +33,7 @@ def lines(folder):
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
     """64 training and 40 test images of the demo set as a parquet folder."""
-    folder = tmp_path_factory.mktemp("data") / "little"
-    folder.mkdir()
-    for name, rows in (("train", 64), ("test", 40)):
-        demo_rows(name).select(range(rows)).to_parquet(str(folder / f"{name}.parquet"))
-    return str(folder)
+    return write_demo(tmp_path_factory.mktemp("data") / "little", train=64, test=40)
 
 
 LOAD_WITHOUT_US = """

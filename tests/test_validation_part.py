@@ -13,7 +13,7 @@ from apart_hf import ApartError
 from apart_hf.config import TrainConfig
 from apart_hf.data.splits import Split, stratified
 from apart_hf.train import train
-from tests.helpers import demo_rows, load
+from tests.helpers import load, write_demo
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0.01, 0.99), st.integers(0, 5))
@@ -49,7 +49,7 @@ def test_parts_of_the_demo_set():
 
 
 def test_without_a_test_split(tmp_path):
-    demo_rows("train").select(range(64)).to_parquet(str(tmp_path / "train.parquet"))
+    write_demo(tmp_path, train=64)
     with pytest.raises(ApartError, match=r"no split called .*--val-split, or keep a part .*--val-fraction 0\.1"):
         load(data_dir=str(tmp_path))
     data = load(data_dir=str(tmp_path), val_fraction=0.25)
@@ -61,13 +61,10 @@ def test_the_split_to_train_on_is_not_the_one_to_test_on():
         load(val_fraction=0.1, val_split="train")
 
 
-def run(tmp_path, monkeypatch=None, **more):
-    (tmp_path / "data").mkdir(exist_ok=True)
-    for name, rows in (("train", 128), ("test", 40)):
-        demo_rows(name).select(range(rows)).to_parquet(str(tmp_path / f"data/{name}.parquet"))
+def run(tmp_path, **more):
     return train(TrainConfig(
-        model="test_resnet", data_dir=str(tmp_path / "data"), batch_size=16, groups=2, epochs=3, lr=0.02,
-        val_fraction=0.25, output=str(tmp_path), **more,
+        model="test_resnet", data_dir=write_demo(tmp_path / "data", train=128, test=40), batch_size=16, groups=2,
+        epochs=3, lr=0.02, val_fraction=0.25, output=str(tmp_path), **more,
     ))
 
 

@@ -3,11 +3,11 @@
 from apart_hf.data.images import IGNORED, ON_BAD_IMAGE
 from apart_hf.data.loaders import LOADERS, Loaders, LoaderSettings
 from apart_hf.data.loading import DataSettings, ImageData, load_image_data
-from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset
+from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset, registered
 from apart_hf.data.splits import Split
 from apart_hf.data.transforms import data_config
 
 __all__ = [
     "DATASETS", "IGNORED", "LOADERS", "ON_BAD_IMAGE", "DataSettings", "DatasetSpec", "ImageData", "LoaderSettings",
-    "Loaders", "Split", "data_config", "find_dataset", "load_image_data",
+    "Loaders", "Split", "data_config", "find_dataset", "load_image_data", "registered",
 ]

@@ -86,19 +86,21 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
+def registered(name: str, folder: str | None = None) -> DatasetSpec | None:
+    """The registered dataset that a name stands for; beside a folder "demo", the default, stands for none."""
+    return None if folder is not None and name == "demo" else DATASETS.get(name)
+
+
 def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
     """The spec of a registered name, or of a Hub id (`user/name`); or of `folder`, under that name.
 
     Raises: ApartError for an unknown name.
     """
-    if folder is not None:
-        if name in DATASETS and name != "demo":  # demo is the default: it says nothing of the folder
-            known = DATASETS[name]
-            return replace(known, path=str(folder), config=None, local=True, source=known.hub_id)
-        if name == "demo" or "/" in name:
-            return DatasetSpec(str(folder), local=True)
-    elif name in DATASETS:
-        return DATASETS[name]
-    elif "/" in name:
-        return DatasetSpec(name)
+    known = registered(name, folder)
+    if known is not None:
+        return known if folder is None else replace(
+            known, path=str(folder), config=None, local=True, source=known.hub_id
+        )
+    if name in DATASETS or "/" in name:
+        return DatasetSpec(name) if folder is None else DatasetSpec(str(folder), local=True)
     raise unknown_name("dataset", name, DATASETS)
