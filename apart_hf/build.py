@@ -21,12 +21,9 @@ from torch import nn
 
 from apart_hf.config import TrainConfig
 from apart_hf.data import ImageData, data_config
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, first_line
+from apart_hf.faults import is_out_of_memory
 from apart_hf.hub_client import offline_if_unreachable
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -69,17 +66,22 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
     except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ApartError(f"cannot create model {config.model!r}: {first_line(error)}") from error
     if config.initial_checkpoint is not None:
         load_weights(model, config.initial_checkpoint)
     size = data_config(
         model.pretrained_cfg, data.image_size, img_size=config.img_size, mean=config.mean or data.spec.mean,
-        std=config.std or data.spec.std, interpolation=config.interpolation, crop_pct=config.crop_pct,
+        std=config.std or data.spec.std, crop_pct=config.crop_pct,
+        interpolation=None if config.interpolation == "random" else config.interpolation,
     )
     try:
         with torch.no_grad():
             output = model.eval()(torch.zeros(1, *size["input_size"]))
     except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         edge, usual = size["input_size"][-1], model.pretrained_cfg["input_size"][-1]
         raise ApartError(
             f"model {config.model!r} does not take images of {edge} pixels ({first_line(error)}); "

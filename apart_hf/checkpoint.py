@@ -35,14 +35,16 @@ class Checkpoints:
         folder: of all of them.
         accelerator: holds what was prepared; all its processes take part.
         keep: how many of the latest stay.
+        best: the step of one that stays too, whatever its age.
     """
 
     folder: Path
     accelerator: Accelerator
     keep: int = 2
+    best: int | None = None
 
     def save(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> str | None:
-        """Write one under a temporary name, flush it, rename it; then remove the oldest.
+        """Write one under a temporary name, flush it, rename it; then remove those that need not stay.
 
         Args:
             step: optimizer steps so far.
@@ -51,7 +53,7 @@ class Checkpoints:
 
         Returns: why it could not be written, on every process; None: it was. The earlier ones stay then.
         """
-        final, temporary = self.folder / f"step-{step:08}", self.folder / f".step-{step:08}"
+        final, temporary = self.folder / _name(step), self.folder / f".{_name(step)}"
         problem = None
         for stage in (self._make, self._write, self._seal):
             if problem is None:
@@ -90,15 +92,18 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(self.folder)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        # later ones are damaged: else this run would have gone on from them
+        stay = [folder for folder in self.all() if folder.name <= final.name][-self.keep:]
+        for folder in self.all():
+            if folder not in stay and folder.name != _name(self.best):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Every checkpoint, oldest first, intact or not."""
         return sorted(self.folder.glob("step-*"))
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The latest one that is intact, and what is wrong with those after it."""
+        """The latest one that is intact, and what is wrong with those after it. Reads them: for one process."""
         problems = []
         for folder in reversed(self.all()):
             problem = damage(folder)
@@ -115,6 +120,10 @@ class Checkpoints:
     def restore(self, folder: Path) -> None:
         """Weights, optimizer and scaler as they were."""
         self.accelerator.load_state(str(folder))
+
+
+def _name(step: int | None) -> str | None:
+    return None if step is None else f"step-{step:08}"
 
 
 def damage(folder: Path) -> str | None:

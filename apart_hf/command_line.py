@@ -20,7 +20,18 @@ class Parser(argparse.ArgumentParser):
     """Bad input ends in one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from `least` to `most`."""
+
+    def integer(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return int(text)
+
+    return integer
 
 
 def run_command(command: Callable[[str], object]) -> None:

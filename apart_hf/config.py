@@ -8,6 +8,7 @@ from typing import Any
 
 from apart_hf.data import DATASETS, LOADERS, ON_BAD_IMAGE
 from apart_hf.errors import ApartError
+from apart_hf.nonfinite import ON_NONFINITE
 from apart_hf.recipes import RECIPES
 from apart_hf.strategies import METHODS
 
@@ -33,6 +34,7 @@ def _text(default, group, help, **more):
 
 
 EVAL_METRICS = ("top1", "top5", "eval_loss")
+FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest: what training can compute with
 HYPER_PARAMETERS = sorted({key for method in METHODS.values() for key in method.hyper_parameters()})
 _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
@@ -116,8 +118,12 @@ class TrainConfig:
     workers: int | None = _int(
         None, "data", "loader processes [0 on the CPU; else one a core, at most 8]", flags=("-j",)
     )
+    padding: int | None = _int(
+        None, "data", "black pixels around a small image before its random crop in training; 0: no crop [4; demo: 0]"
+    )
     interpolation: str | None = _text(
-        None, "data", "how images are resized [the model's]", choices=("bilinear", "bicubic", "nearest", "random")
+        None, "data", "how images are resized; random: in training only [the model's]",
+        choices=("bilinear", "bicubic", "nearest", "random"),
     )
     crop_pct: float | None = _float(None, "data", "share of the resized edge that evaluation sees [the model's]")
     mean: list[float] | None = _option(
@@ -164,6 +170,10 @@ class TrainConfig:
     warmup_lr: float = _float(0.0, "optimisation", "where the warmup starts")
     warmup_epochs: int = _int(0, "optimisation", "epochs of linear warmup")
     clip_grad: float | None = _float(None, "optimisation", "largest norm of the combined gradient [off]")
+    on_nonfinite: str = _text(
+        "stop", "optimisation", "what to do about a step whose loss or gradient is not finite; stop: end the run, "
+        "saying where it comes from; skip: leave the step out, and count it", choices=ON_NONFINITE,
+    )
 
     license: str | None = _text(None, "publishing", "of the exported weights, as the Hub spells it", metavar="NAME")
     push_to_hub: str | None = _text(
@@ -176,6 +186,7 @@ class TrainConfig:
         None, "run", "arithmetic of the forwards [as configured for accelerate: float32]",
         choices=("float32", "bfloat16", "float16"),
     )
+    val_interval: int = _int(1, "run", "evaluate and export after every N-th epoch, and after the last one")
     eval_metric: str = _text("top1", "run", "what best/ is chosen by", choices=EVAL_METRICS)
     expect_processes: int | None = _int(None, "run", "fail unless so many processes were started")
     threads: int | None = _int(None, "run", "CPU threads a process [OMP_NUM_THREADS, or all cores]")
@@ -188,7 +199,7 @@ class TrainConfig:
         None, "run", "write a checkpoint every N steps, or every so many minutes (10m), and after every epoch [epochs]",
         metavar="N|Nm",
     )
-    checkpoint_hist: int = _int(2, "run", "how many of the latest checkpoints are kept")
+    checkpoint_hist: int = _int(2, "run", "how many of the latest checkpoints are kept, beside the best epoch's")
     output: str = _text("output", "run", "folder of all runs", metavar="DIR")
     experiment: str | None = _text(None, "run", "folder of this run in it [DATASET-MODEL-METHOD]", metavar="NAME")
     log_interval: int = _int(50, "run", "steps between lines where there is no terminal for a progress bar")
@@ -204,12 +215,23 @@ class TrainConfig:
             "seed": 0, "cutmix": 0, "color_jitter": 0, "reprob": 0, "drop": 0, "drop_path": 0, "every": 1,
             "grad_accum_steps": 1, "expect_processes": 1, "model_ema_decay": 0,
             "min_lr": 0, "warmup_lr": 0, "validation_batch_size": 1, "shuffle_buffer": 1, "train_num_samples": 1,
-            "lr_base": 0, "lr_base_size": 1, "checkpoint_hist": 1,
+            "lr_base": 0, "lr_base_size": 1, "checkpoint_hist": 1, "padding": 0, "val_interval": 1,
         }
         for name, least in limits.items():
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):  # NaN is refused too
                 raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
+            most = {"seed": 2**32 - 2, "workers": 256, "threads": 1024}.get(name, 2**31 - 1)
+            if isinstance(value, int) and value > most:
+                raise ApartError(f"--{name.replace('_', '-')} {value}: must be at most {most}.")
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, list) else [value]:
+                size = abs(number) if isinstance(number, float) else 0.0
+                if 0 < size < FLOAT32[0] or FLOAT32[1] < size < float("inf"):
+                    raise ApartError(
+                        f"--{name.replace('_', '-')} {number:g}: training computes in float32, which has numbers from "
+                        "1.2e-38 to 3.4e38; take one of them."
+                    )
         if self.log_wandb and "wandb" not in (self.report_to or ()):
             self.report_to = [*(self.report_to or ()), "wandb"]
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -218,9 +240,7 @@ class TrainConfig:
             raise ApartError(f"--budget {self.budget}: must be a finite number above 0.")
         if self.clip_grad == 0:
             raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
-        if self.seed >= 2**32 - 1:
-            raise ApartError(f"--seed {self.seed}: must be below 2**32 - 1.")
-        if any(milestone < 1 for milestone in self.decay_milestones or ()):
+        if any(not 1 <= milestone < 2**31 for milestone in self.decay_milestones or ()):
             raise ApartError(f"--decay-milestones {self.decay_milestones}: epochs are counted from 1.")
         for name, common in (("smoothing", 0.1), ("drop", 0.2), ("drop_path", 0.1), ("model_ema_decay", 0.9998)):
             if getattr(self, name) >= 1:
@@ -252,7 +272,7 @@ class TrainConfig:
             raise ApartError(f"--reprob {self.reprob}: a probability is at most 1 (0.25 is common).")
         if (self.mixup or self.cutmix) and (self.batch_size or 2) % 2:
             raise ApartError(f"mixup and cutmix mix pairs; --batch-size {self.batch_size} is odd, take an even one.")
-        if self.experiment is not None and Path(self.experiment).name != self.experiment:
+        if self.experiment is not None and (self.experiment == ".." or Path(self.experiment).name != self.experiment):
             raise ApartError(f"--experiment {self.experiment!r}: must be a plain folder name; its parent is --output.")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from reprlib import repr as brief  # a few aliases can stand for gigabytes
 from typing import Any
 
 import yaml
@@ -23,10 +24,12 @@ def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, An
     Raises: ApartError where the file cannot be read, or a key or the type of a value is wrong.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
         raise ApartError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    except yaml.YAMLError as error:
+    try:
+        found = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date or number; too many brackets
         reason = " ".join(str(error).split())
         raise ApartError(f"--config {path}: no YAML ({reason}).") from error
     if found is None:
@@ -36,7 +39,7 @@ def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, An
     known = {option.name: option for option in options if option.name not in NOT_SETTINGS}
     for key in found:
         if key not in known:
-            raise unknown_name(f"key in {path}", str(key), known)
+            raise unknown_name(f"key in {path}", key if isinstance(key, str) else brief(key), known)
     given = {key: _converted(path, known[key], value) for key, value in found.items() if value is not None}
     given.pop("experiment", None)
     return given | ({"recipe": None} if "recipe" in found and found["recipe"] is None else {})
@@ -51,15 +54,15 @@ def _converted(path: str, option: dataclasses.Field, value: Any) -> Any:
     arguments = option.metadata["arguments"]
     if option.default is False:
         if not isinstance(value, bool):
-            raise ApartError(f"{path}: {option.name}: {value!r} is neither true nor false.")
+            raise ApartError(f"{path}: {option.name}: {brief(value)} is neither true nor false.")
         return value
     kind, many = arguments["type"], "nargs" in arguments
     if many != isinstance(value, list):
-        raise ApartError(f"{path}: {option.name}: {value!r} is {'no' if many else 'a'} list.")
+        raise ApartError(f"{path}: {option.name}: {brief(value)} is {'no' if many else 'a'} list.")
     try:
         values = [_one(kind, item) for item in (value if many else [value])]
     except (TypeError, ValueError) as error:
-        raise ApartError(f"{path}: {option.name}: {value!r} is no {kind.__name__}.") from error
+        raise ApartError(f"{path}: {option.name}: {brief(value)} is no {kind.__name__}.") from error
     choices = arguments.get("choices")
     if choices and values[0] not in choices:
         raise ApartError(f"{path}: {option.name}: {value!r} is none of {', '.join(choices)}.")

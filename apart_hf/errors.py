@@ -23,6 +23,11 @@ def one_line(error: ApartError) -> str:
     return last.removeprefix(f"{ApartError.__module__}.{type(error).__name__}: ")
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, or its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ApartError:
     """An error for a misspelt name, suggesting the closest of `known`, or listing them where they are few."""
     known = sorted(known)

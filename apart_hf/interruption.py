@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+
+from apart_hf.runtime import from_main_process
 
 if TYPE_CHECKING:
     from apart_hf.run_folder import RunFolder
@@ -22,6 +25,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal,
 
 class Interrupted(Exception):
     """The run was asked to stop and can be resumed."""
+
+
+class ProcessLost(Interrupted):
+    """Another process, of the run or of a loader, has ended or no longer answers; only this one may know."""
+
+
+# of RuntimeErrors from gloo; NCCL and the store raise torch's DistError
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Within, an exchange that fails because a process is gone raises ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next((sign for sign in _LOST if "gloo" in str(error) and sign in str(error)), type(error).__name__)
+        if not isinstance(error, dist.DistError) and reason not in _LOST:
+            raise
+        raise ProcessLost(
+            f"another process of this run has ended or does not answer ({reason}); look for its own message. The last "
+            "checkpoint, where there is one, is intact."
+        ) from error
 
 
 class StopRequest:
@@ -98,6 +124,6 @@ class Schedule:
         return broadcast_object_list([due])[0]  # the clock of one process counts
 
     def _interrupted(self) -> Interrupted:
-        kept, _ = self.run.checkpoints.newest()
+        kept, _ = from_main_process(self.run.accelerator, self.run.checkpoints.newest)
         name = self.stop.name or "a signal to another process"
         return Interrupted(f"stopped by {name} after step {self.trainer.steps}; the last checkpoint is {kept}.")

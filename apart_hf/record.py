@@ -17,7 +17,7 @@ _SETTINGS = (
     "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "momentum", "weight_decay", "sched", "decay_milestones",
     "min_lr", "warmup_epochs", "warmup_lr", "clip_grad", "every", "global_norm", "mixup", "cutmix", "smoothing", "aa",
     "color_jitter", "reprob", "drop", "drop_path", "model_kwargs", "model_ema", "model_ema_decay", "sync_bn",
-    "amp_dtype", "img_size", "max_steps", "val_fraction",
+    "amp_dtype", "img_size", "padding", "max_steps", "val_fraction",
 )
 
 

@@ -16,6 +16,7 @@ FREE = {
     "config", "print_config", "resume", "override", "output", "experiment", "checkpoint_every", "checkpoint_hist",
     "log_interval", "report_to", "log_wandb", "push_to_hub", "license", "workers", "threads", "expect_processes",
     "data_dir", "recipe",
+    "on_nonfinite",  # to go on after such a step, or before, from where both do the same
 }
 
 
@@ -57,3 +58,27 @@ def check_unchanged(folder: Path, settings: dict[str, Any], override: bool) -> N
         raise ApartError(
             f"{folder} was started with other settings: {', '.join(changed)}; name them as before, or add --override."
         )
+
+
+def place(shared: dict[str, Any], images: tuple[int, int]) -> int:
+    """How many batches of the epoch a checkpoint is in, for batches of another size.
+
+    Args:
+        shared: of the checkpoint.
+        images: in a batch, and in an optimizer step, from now on.
+
+    Raises: ApartError where steps, which the schedule counts, are of other sizes, or no batch ends there.
+    """
+    (batch, step), (before, step_before) = images, shared["images"]
+    if step != step_before:
+        raise ApartError(
+            f"the checkpoint is of {step_before} images a step on each process, now there are {step}, and the schedule "
+            "counts steps; keep --batch-size times --grad-accum-steps."
+        )
+    batches, rest = divmod(shared["batch"] * before, batch)
+    if rest:
+        raise ApartError(
+            f"the checkpoint is {shared['batch']} batches of {before} images in an epoch, where no batch of {batch} "
+            "ends; keep --batch-size."
+        )
+    return batches

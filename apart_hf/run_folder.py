@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,7 +23,8 @@ from apart_hf.data import ImageData, Split
 from apart_hf.errors import ApartError
 from apart_hf.export import copy_folder, export_folder, update_record
 from apart_hf.plots import plot_training
-from apart_hf.resume import check_unchanged, lock
+from apart_hf.resume import check_unchanged, lock, place
+from apart_hf.runtime import from_main_process
 from apart_hf.trainer import Trainer
 
 
@@ -49,12 +52,11 @@ class RunFolder:
     ):
         self.images, self.data, self.record, self.accelerator = images, data, record, accelerator
         self.history: list[dict[str, float]] = []
-        self.folder = _make_folder(config, accelerator)
+        self.folder = from_main_process(accelerator, lambda: _make_folder(config))
         self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", accelerator, keep=config.checkpoint_hist)
-        self.checkpoint, problems = self.checkpoints.newest()
         settings = dataclasses.asdict(config)
-        self._open(settings)
+        self.checkpoint, problems = from_main_process(accelerator, lambda: self._open(settings))
         for problem in problems:
             accelerator.print(f"checkpoint {problem}")
         if config.report_to:
@@ -62,28 +64,24 @@ class RunFolder:
             scalars = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
             accelerator.init_trackers("trackers", config=scalars)
 
-    def _open(self, settings: dict[str, Any]) -> None:
-        """Lock the folder, and check or write its settings; all processes learn of a problem."""
-        problem = ""
-        if self.accelerator.is_main_process:
-            try:
-                self._lock = lock(self.folder)
-                if self.checkpoint is not None:
-                    check_unchanged(self.folder, settings, self.config.override)
-                else:
-                    (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-                (self.folder / "config.yaml").write_text(write_config(settings))
-                (self.folder / "plots").mkdir(exist_ok=True)
-            except ApartError as error:
-                problem = str(error)
-        (problem,) = broadcast_object_list([problem])
-        if problem:
-            raise ApartError(problem)
+    def _open(self, settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
+        """Lock the folder, and check or write its settings. Returns: see `Checkpoints.newest`."""
+        self._lock = lock(self.folder)
+        checkpoint, problems = self.checkpoints.newest()
+        if checkpoint is not None:
+            check_unchanged(self.folder, settings, self.config.override)
+        else:
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        (self.folder / "config.yaml").write_text(write_config(settings))
+        (self.folder / "plots").mkdir(exist_ok=True)
+        return checkpoint, problems
 
     def restore(self, trainer: Trainer) -> bool:
         """Bring `trainer` to where the checkpoint is; whether anything is left to do.
 
-        Raises: ApartError where the checkpoint is of another number of processes.
+        With `override` the optimizer's settings and the schedule are the new ones.
+
+        Raises: ApartError where the checkpoint is of another number of processes, or its place cannot be found again.
         """
         if self.checkpoint is None:
             return True
@@ -93,48 +91,82 @@ class RunFolder:
                 f"{self.checkpoint} is of {shared['processes']} process(es), and {self.accelerator.num_processes} were "
                 "started: each goes on with random numbers and sums of its own; start as many."
             )
+        shared["batch"] = place(shared, self._images_a_batch())
+        given = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
         self.checkpoints.restore(self.checkpoint)
+        if self.config.override:
+            shared["scheduler"] = None
+            for group, settings in zip(trainer.optimizer.param_groups, given):
+                group.update(settings)
         trainer.load_state(shared, own)
-        self.history = shared["history"]
+        self.history, self.checkpoints.best = shared["history"], shared["best"]
         if self.accelerator.is_main_process:  # without what was recorded after the checkpoint
             new = self.folder / ".metrics.jsonl"
             new.write_text("".join(json.dumps(line) + "\n" for line in self.history))
             new.replace(self.folder / "metrics.jsonl")
-        done = trainer.epoch >= self.config.epochs or (
-            self.config.max_steps is not None and trainer.steps >= self.config.max_steps
+        done = trainer.epoch >= self.config.epochs or (  # within an epoch its evaluation is still to come
+            trainer.batch == 0 and trainer.has_made(self.config.max_steps)
         )
         return not done or (self.data.test is not None and not (self.folder / "test.json").exists())
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint; where that fails, say so and go on."""
         shared, own = trainer.state()
-        problem = self.checkpoints.save(trainer.steps, {**shared, "history": self.history}, own)
+        if trainer.batch == 0 and self._best() is self.history[-1]:  # the end of the best epoch so far
+            self.checkpoints.best = trainer.steps
+        shared |= {"history": self.history, "best": self.checkpoints.best, "images": self._images_a_batch()}
+        problem = self.checkpoints.save(trainer.steps, shared, own)
         if problem is not None:
-            kept, _ = self.checkpoints.newest()
+            kept, _ = from_main_process(self.accelerator, self.checkpoints.newest)
             stays = f"{kept.name} stays" if kept else "there is none yet"
             self.accelerator.print(
                 f"warning: no checkpoint at step {trainer.steps} ({problem}); {stays}, and training goes on. Make room "
                 f"in {self.folder}.", flush=True
             )
 
+    def _images_a_batch(self) -> tuple[int, int]:
+        """Of one process: (in a batch, in an optimizer step)."""
+        return self.config.batch_size, self.config.batch_size * self.config.grad_accum_steps
+
     def add(self, metrics: dict[str, float], model: nn.Module) -> None:
-        """Record one epoch: a line of metrics, the weights as last/ and, where top-1 is highest so far, as best/."""
+        """Record one epoch: a line of metrics; where it was evaluated, the weights as last/ and, if best, as best/.
+
+        Raises: ApartError where they cannot be written.
+        """
         self.history.append(metrics)
         self.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
-        self.accelerator.print(
-            f"epoch {metrics['epoch']}: train loss {metrics['train_loss']:.3f}, top-1 {metrics['train_top1']:.1f} % | "
-            f"eval loss {metrics['eval_loss']:.3f}, top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % | "
-            f"{metrics['images_per_second']:.0f} images/s, {metrics['seconds']:.1f} s, lr {metrics['lr']:g}", flush=True
-        )
+        parts = [
+            f"epoch {metrics['epoch']}: train loss {metrics['train_loss']:.3f}, top-1 {metrics['train_top1']:.1f} %",
+            f"{metrics['images_per_second']:.0f} images/s, {metrics['seconds']:.1f} s, lr {metrics['lr']:g}",
+        ]
+        if "top1" in metrics:
+            parts.insert(1, f"eval loss {metrics['eval_loss']:.3f}, top-1 {metrics['top1']:.2f} %, "
+                            f"top-5 {metrics['top5']:.2f} %")
+        self.accelerator.print(" | ".join(parts), flush=True)
+        if metrics.get("skipped_steps"):
+            self.accelerator.print(
+                f"epoch {metrics['epoch']}: {metrics['skipped_steps']} step(s) left out for a loss or gradient that "
+                "is not finite", flush=True
+            )
         if metrics.get("train_skipped") or metrics.get("eval_skipped"):
             self.accelerator.print(
                 f"epoch {metrics['epoch']}: images that cannot be decoded: {metrics['train_skipped']} passed over in "
-                f"training, {metrics['eval_skipped']} left out of the evaluation", flush=True
+                f"training, {metrics.get('eval_skipped', 0)} left out of the evaluation", flush=True
             )
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            try:
+                self._write(metrics, model)
+            except (OSError, SafetensorError) as error:
+                raise ApartError(
+                    f"cannot write {self.folder} ({' '.join(str(error).split())}); make room there, then go on from "
+                    "the last checkpoint by --resume auto."
+                ) from error
+
+    def _write(self, metrics: dict[str, float], model: nn.Module) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
+        if "top1" not in metrics:
+            return
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         export_folder(
             plain, self.folder / "last", data_config=self.images, label_names=self.data.class_names,
@@ -145,6 +177,7 @@ class RunFolder:
             copy_folder(self.folder / "last", self.folder / "best")
         title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
         plot_training(self.history, self.folder / "plots" / "training.png", title)
+        gc.collect()  # a figure is a cycle of references, of 3 MB
 
     def test(self, trainer: Trainer, loader: Any) -> dict[str, float]:
         """Evaluate last/ and best/ on the test split, once, and write `test.json`. Returns the result of last/."""
@@ -175,18 +208,19 @@ class RunFolder:
         part = "" if self.config.val_fraction is None else f" ({self.config.val_fraction:g} of it, for validation)"
         return {"split": self.data.val.name + part, **_claim(metrics, self.data.val, metrics.get("eval_skipped", 0))}
 
-    def _best(self) -> dict[str, float]:
-        """The metrics of the best epoch, the later of equals."""
+    def _best(self) -> dict[str, float] | None:
+        """The metrics of the best epoch that was evaluated, the later of equals; None: none was."""
         metric, sign = self.config.eval_metric, -1 if self.config.eval_metric == "eval_loss" else 1
 
         def rank(line: dict[str, float]) -> float:
             return -math.inf if math.isnan(line[metric]) else sign * line[metric]
 
-        return max(reversed(self.history), key=rank)
+        return max((line for line in reversed(self.history) if metric in line), key=rank, default=None)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder of a run that was refused before its first epoch or checkpoint."""
-        if self.accelerator.is_main_process and not self.history and not self.checkpoints.all():
+        """Remove the folder of a run refused before its first epoch or checkpoint, unless earlier weights are there."""
+        used = self.history or self.checkpoints.all() or (self.folder / "last").exists()
+        if self.accelerator.is_main_process and not used:
             shutil.rmtree(self.folder)
 
 
@@ -197,25 +231,24 @@ def _claim(metrics: dict[str, float], split: Split, skipped: int) -> dict[str, A
     return found | images | ({"skipped": skipped} if skipped else {})
 
 
-def _make_folder(config: TrainConfig, accelerator: Accelerator) -> Path:
-    folder, problem = Path(config.output) / (config.experiment or _name(config)), ""
+def _make_folder(config: TrainConfig) -> Path:
+    folder = Path(config.output) / (config.experiment or _name(config))
     if config.resume not in (None, "auto"):
         folder = Path(config.resume)
         if not (folder / "checkpoints").is_dir():
-            problem = f"--resume {folder}: there is no checkpoint; name a run's folder, or use --resume auto."
+            raise ApartError(f"--resume {folder}: there is no checkpoint; name a run's folder, or use --resume auto.")
     elif config.resume is None and config.experiment is None:
         folder = _free(folder)
-    if accelerator.is_main_process and not problem:
-        try:
-            folder.mkdir(parents=True, exist_ok=config.resume is not None)
-        except FileExistsError:
-            problem = f"{folder} exists already; choose another --experiment or --output, or go on with it by --resume."
-        except OSError as error:
-            problem = f"cannot write {folder}: {error.strerror}; choose another --output."
-    folder, problem = broadcast_object_list([str(folder), problem])
-    if problem:
-        raise ApartError(problem)
-    return Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=config.resume is not None)
+    except FileExistsError as error:
+        raise ApartError(
+            f"{folder} exists already; choose another --experiment or --output, or go on with it by --resume."
+        ) from error
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise ApartError(f"cannot write {folder}: {reason}; choose another --output.") from error
+    return folder
 
 
 def _name(config: TrainConfig) -> str:

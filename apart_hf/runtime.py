@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from apart_hf.errors import ApartError
+
+Result = TypeVar("Result")
 
 LIBRARIES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors", "evaluate")
 
@@ -23,6 +31,30 @@ def cores() -> int:
 def rank() -> int:
     """Number of this process in its run, also before there is an accelerator to ask."""
     return int(os.environ.get("RANK", 0))
+
+
+def device_name() -> str:
+    """What training here runs on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def from_main_process(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
+    """What `call` gives on the main process, where alone it runs; or the ApartError that it raises there, on all."""
+    found = problem = None
+    if accelerator.is_main_process:
+        try:
+            found = call()
+        except ApartError as error:
+            problem = error
+    found, problem = broadcast_object_list([found, problem])
+    if problem is not None:
+        raise problem
+    return found
 
 
 def use_threads(threads: int | None, local_processes: int) -> int:

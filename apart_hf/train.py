@@ -9,24 +9,26 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from apart_hf.build import first_line, make_accelerator, make_model, make_optimizer, make_scheduler
+from apart_hf.build import make_accelerator, make_model, make_optimizer, make_scheduler
 from apart_hf.command_line import parse_arguments, run_command
 from apart_hf.config import TrainConfig
 from apart_hf.config_file import write_config
 from apart_hf.data import DATASETS, DataSettings, ImageData, Loaders, LoaderSettings, load_image_data, registered
 from apart_hf.errors import ApartError
+from apart_hf.faults import explained, is_out_of_memory, out_of_memory
 from apart_hf.hub import check_access, push
-from apart_hf.interruption import EXIT_CODE, Interrupted, Schedule, StopRequest
+from apart_hf.interruption import EXIT_CODE, Interrupted, ProcessLost, Schedule, StopRequest, noticing_lost_processes
 from apart_hf.models import is_registered_here
 from apart_hf.record import training_record
 from apart_hf.resolve import check_names, resolve, settle
 from apart_hf.run_folder import RunFolder
-from apart_hf.runtime import rank, use_threads
+from apart_hf.runtime import from_main_process, rank, use_threads
 from apart_hf.strategies import create_strategy
 from apart_hf.trainer import Trainer
 
@@ -41,24 +43,38 @@ def _run(config: TrainConfig) -> None:
         try:
             train(config)
         except Interrupted as stopped:
-            if rank() == 0:
-                print(f"{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
+            if rank() == 0 or isinstance(stopped, ProcessLost):
+                process = f"process {rank()}: " if rank() else ""
+                print(f"{process}{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
             sys.exit(EXIT_CODE)
         return
     check_names(config)
     print(write_config(dataclasses.asdict(settle(config))), end="")
 
 
+@noticing_lost_processes()
 def train(config: TrainConfig) -> Path:
     """Run the training that `config` describes and return the run's folder.
 
-    Raises: ApartError, before anything is written, where the settings do not fit each other or the data.
+    Raises:
+        ApartError: before anything is written, where the settings do not fit each other or the data; later, where
+            training cannot go on, see `apart_hf.faults`.
+        Interrupted: where it stopped and can be resumed.
     """
     check_names(config)
     config = settle(config)
-    if config.push_to_hub is not None:
-        check_access(config.push_to_hub)
+    try:
+        return _train(config)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, config) from error
+        raise
+
+
+def _train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
+    if config.push_to_hub is not None:
+        from_main_process(accelerator, lambda: bool(check_access(config.push_to_hub)))
     threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     set_seed(config.seed)
 
@@ -70,8 +86,9 @@ def train(config: TrainConfig) -> Path:
     config = dataclasses.replace(config, img_size=images["input_size"][-1])
     loaders = Loaders(data, LoaderSettings(
         images, config.batch_size, config.validation_batch_size or config.batch_size, config.loader, config.workers,
-        config.seed, {"aa": config.aa, "color_jitter": config.color_jitter, "reprob": config.reprob},
-        skip_bad=config.on_bad_image == "skip", shuffle_buffer=config.shuffle_buffer,
+        config.seed, {"aa": config.aa, "color_jitter": config.color_jitter, "reprob": config.reprob,
+                      "interpolation": "random" if config.interpolation == "random" else None},
+        skip_bad=config.on_bad_image == "skip", shuffle_buffer=config.shuffle_buffer, padding=config.padding,
     ), accelerator)
     train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
     model, optimizer = accelerator.prepare(model, make_optimizer(config, model))
@@ -105,10 +122,12 @@ def train(config: TrainConfig) -> Path:
         train_loader=train_loader, val_loader=val_loader, clip_grad=config.clip_grad, log_interval=config.log_interval,
         mixup=Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(data.class_names))
         if mixes else None,
-        every=config.every, ema=ema, skip_bad=config.on_bad_image == "skip",
+        every=config.every, ema=ema, skip_bad=config.on_bad_image == "skip", val_interval=config.val_interval,
+        skip_nonfinite=config.on_nonfinite == "skip",
     )
     if not run.restore(trainer):
         say(f"{run.folder} is finished: {trainer.epoch} epochs, {trainer.steps} steps.")
+        _push(config, run.folder, accelerator)
         return run.folder
     if run.checkpoint is not None:
         say(f"resumed from {run.checkpoint}: epoch {trainer.epoch + 1}, {trainer.batch} batches in.")
@@ -122,24 +141,30 @@ def train(config: TrainConfig) -> Path:
                 trainer.after_step.check()
     except Exception as error:
         run.discard_if_empty()
-        if "Expected more than 1 value per channel" in str(error):  # torch's, in a plain pass
-            raise ApartError(f"a BatchNorm layer has one value per channel in a batch ({first_line(error)}); use a "
-                             "larger --batch-size or --img-size.") from error
-        raise
+        told = explained(error, config, run, trainer)
+        if told is error:
+            raise
+        raise told from error
     result = run.history[-1] if data.test is None else run.test(trainer, loaders.evaluation(data.test))
     accelerator.end_training()
     ours = "import apart_hf and " if is_registered_here(source["architecture"]) else ""
     say(f"done: top-1 {result['top1']:.2f} % on {data.held_out.name}. Load it with "
         f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
-    if config.push_to_hub is not None and accelerator.is_main_process:
-        try:
-            say(f"pushed: {push(run.folder, config.push_to_hub)}")
-        except ApartError as error:
-            raise ApartError(
-                f"the run is complete, but not pushed: {error} The command: python scripts/push_to_hub.py {run.folder} "
-                f"{config.push_to_hub}"
-            ) from error
+    _push(config, run.folder, accelerator)
     return run.folder
+
+
+def _push(config: TrainConfig, folder: Path, accelerator: Accelerator) -> None:
+    """Where that is asked for; a run that was cut off before is pushed when it is resumed."""
+    if config.push_to_hub is None or not accelerator.is_main_process:
+        return
+    try:
+        print(f"pushed: {push(folder, config.push_to_hub)}")
+    except ApartError as error:
+        raise ApartError(
+            f"the run is complete, but not pushed: {error} The command: python scripts/push_to_hub.py {folder} "
+            f"{config.push_to_hub}"
+        ) from error
 
 
 def data_settings(config: TrainConfig) -> DataSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from apart_hf.checkpoint import set_random_state
 from apart_hf.evaluation import evaluate
+from apart_hf.nonfinite import Guard
 
 
 @dataclass
@@ -36,6 +38,9 @@ class Trainer:
         ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
         skip_bad: the loaders pass over bad images; each epoch's metrics count them.
+        skip_nonfinite: leave out steps whose loss or gradient is not finite, and count them in each epoch's metrics;
+            False: such a step raises `NonFinite`. See `apart_hf.nonfinite.Guard`.
+        val_interval: epochs from one evaluation to the next; the last epoch is always evaluated.
         after_step: called after each optimizer step, when all of `state` is as it will be found again.
         steps, epoch, batch, totals: how far it is: optimizer steps in all; whole epochs; batches of this epoch, and
             their sums of loss, hits and samples.
@@ -56,6 +61,8 @@ class Trainer:
     ema: ModelEmaV3 | None = None
     log_interval: int = 50
     skip_bad: bool = False
+    skip_nonfinite: bool = False
+    val_interval: int = 1
     after_step: Callable[[], None] | None = None
     steps: int = 0
     epoch: int = 0
@@ -63,8 +70,11 @@ class Trainer:
     totals: Tensor | None = None
     random: dict[str, Any] | None = None
 
+    def __post_init__(self):
+        self.guard = Guard(self.accelerator, self.model, self.optimizer, ema=self.ema, skip=self.skip_nonfinite)
+
     def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[dict[str, float]]:
-        """Train, yielding each epoch's metrics (see `metrics.jsonl`) after its evaluation."""
+        """Train, yielding each epoch's metrics (see `metrics.jsonl`), those of its evaluation where there is one."""
         for epoch in range(self.epoch, epochs):
             self.train_loader.set_epoch(epoch)
             dataset = self.train_loader.dataset
@@ -73,12 +83,23 @@ class Trainer:
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
             lr = self.optimizer.param_groups[0]["lr"]
             self.epoch, self.batch, self.totals = epoch + 1, 0, None
-            metrics = {"epoch": self.epoch, **trained, **self.evaluate_all(self.val_loader), "lr": lr}
+            last = self.epoch == epochs or self.has_made(max_steps)
+            evaluated = {}
+            if last or self.epoch % self.val_interval == 0:
+                evaluated = self.evaluate_all(self.val_loader)
+                self.guard.check_evaluation(self.steps, evaluated["eval_loss"])
+            metrics = {"epoch": self.epoch, **trained, **evaluated, "lr": lr}
             if self.skip_bad:
                 metrics["train_skipped"] = self._skipped(self.train_loader)
+            if self.skip_nonfinite:
+                metrics["skipped_steps"] = self.guard.take_skipped()
             yield metrics
-            if max_steps is not None and self.steps >= max_steps:
+            if last:
                 return
+
+    def has_made(self, max_steps: int | None) -> bool:
+        """Whether so many optimizer steps have been made; None: there is no such end."""
+        return max_steps is not None and self.steps >= max_steps
 
     @property
     def evaluated(self) -> nn.Module:
@@ -96,17 +117,21 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step_update(self.steps)
         with self.accelerator.accumulate(self.model):
+            self.guard.before()
             loss, output = self.strategy.accumulate_gradients(
                 images, targets, self.criterion, perturb=(self.steps + 1) % self.every == 0,
                 backward=lambda loss: self.accelerator.backward(loss if share == 1.0 else loss * share),
             )
-            if self.accelerator.sync_gradients and self.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-            self.optimizer.step()  # Accelerate's: does nothing before the last batch of a step
-            self.optimizer.zero_grad()
+            good = self.guard.judge(self.steps + 1, images, loss)  # False before the last batch of a step
+            if good:
+                if self.clip_grad is not None:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+                self.optimizer.step()
+                self.guard.after(self.steps + 1)
+            self.optimizer.zero_grad()  # Accelerate's: does nothing before the last batch of a step
         if self.accelerator.sync_gradients:
             self.steps += 1
-            if self.ema is not None:
+            if good and self.ema is not None:
                 self.ema.update(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), step=self.steps)
         return loss, output
 
@@ -115,13 +140,14 @@ class Trainer:
         self.model.train()
         if self.totals is None:
             self.totals = torch.zeros(3, device=self.accelerator.device)  # loss sum, hits, samples
-        totals, first = self.totals, self.batch
+        totals, of_step, first = self.totals, torch.zeros_like(self.totals), self.batch
         seen_before = totals[2].item()
         processes, shown, start = self.accelerator.num_processes, first, time.perf_counter()
         on_terminal = sys.stderr.isatty()
         accumulated = self.accelerator.gradient_accumulation_steps
         rest = len(self.train_loader) % accumulated  # batches in the last step of the epoch, where they are fewer
-        bar = tqdm(self._batches(), main_process_only=True, desc=title, unit="step", leave=False, initial=first,
+        batches = () if self.has_made(max_steps) else self._batches()  # none, where it is resumed at its end
+        bar = tqdm(batches, main_process_only=True, desc=title, unit="step", leave=False, initial=first,
                    total=len(self.train_loader),
                    disable=not (on_terminal and self.accelerator.is_local_main_process))
         for step, (images, labels) in enumerate(bar, start=first + 1):
@@ -132,24 +158,30 @@ class Trainer:
             in_rest = step > len(self.train_loader) - rest
             loss, output = self.train_step(images, targets, accumulated / rest if in_rest else 1.0)
             hits = (output.argmax(-1) == labels).sum()
-            totals += torch.stack([loss * len(images), hits, hits.new_tensor(len(images))]).to(totals)
+            of_step += torch.stack([loss * len(images), hits, hits.new_tensor(len(images))]).to(totals)
+            if self.accelerator.sync_gradients:
+                if self.guard.good:
+                    totals += of_step
+                of_step.zero_()
             self.batch = step
             if self.accelerator.sync_gradients and self.after_step is not None:
                 self.after_step()
-            last = max_steps is not None and self.steps >= max_steps
             if step - shown >= self.log_interval or (on_terminal and step - shown >= 5):
                 loss_sum, correct, seen = totals.tolist()
                 rate = (seen - seen_before) * processes / (time.perf_counter() - start)
+                seen = seen or math.nan  # every step so far was left out
                 figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, {rate:.0f} images/s"
                 shown = step
                 if on_terminal:
                     bar.set_postfix_str(figures)
                 else:
                     self.accelerator.print(f"{title}, step {step}/{len(self.train_loader)}: {figures}", flush=True)
-            if last:
+            if self.has_made(max_steps):
                 break
         bar.close()
         loss_sum, correct, seen = self.accelerator.reduce(totals, "sum").tolist()
+        self.guard.check_epoch(self.steps, seen)
+        self.guard.check_state(self.steps)  # before it is evaluated and exported
         seconds = time.perf_counter() - start
         return {
             "train_loss": loss_sum / seen, "train_top1": 100 * correct / seen,
@@ -169,11 +201,15 @@ class Trainer:
             yield batch
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What Accelerate does not keep: (of all processes, of this one)."""
+        """What Accelerate does not keep: (of all processes, of this one).
+
+        Raises: NonFinite where any of the state is not finite: there is nothing to go on from.
+        """
+        self.guard.check_state(self.steps)
         shared = {
             "steps": self.steps, "epoch": self.epoch, "batch": self.batch,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(), "guard": self.guard.state_dict(),
         }
         totals = None if self.totals is None else self.totals.cpu()
         return shared, {"totals": totals, "strategy": self.strategy.state_dict()}
@@ -181,10 +217,11 @@ class Trainer:
     def load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         """The reverse of `state`, with the random numbers of `own`."""
         self.steps, self.epoch, self.batch = shared["steps"], shared["epoch"], shared["batch"]
-        if self.scheduler is not None:
+        if self.scheduler is not None and shared["scheduler"] is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(shared["ema"])
+        self.guard.load_state_dict(shared["guard"])
         self.strategy.load_state_dict(own["strategy"])
         self.totals = None if own["totals"] is None else own["totals"].to(self.accelerator.device)
         self.random = own["random"] if self.batch else None

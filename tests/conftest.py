@@ -10,6 +10,7 @@ with socket.socket() as free:
 os.environ |= {
     "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads of several processes on few cores wait for each other without spinning
     "HF_HOME": tempfile.mkdtemp(prefix="apart_hf-tests-"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
 }
 os.environ.pop("HF_TOKEN", None)
@@ -21,12 +22,11 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from apart_hf import hub_client
 from apart_hf.config import TrainConfig
 from apart_hf.train import train
-from tests.helpers import batch, build, write_demo
+from tests.helpers import batch, build, forget_accelerator, write_demo
 from tests.hub_server import HubServer
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
@@ -45,8 +45,7 @@ def a_process_of_its_own():
     """Accelerate keeps precision and device for a whole process; each test here stands for one."""
     threads = torch.get_num_threads()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     torch.set_num_threads(threads)
 
 
@@ -75,6 +74,12 @@ def model():
 @pytest.fixture
 def data():
     return batch(8, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def little(tmp_path_factory):
+    """72 training and 30 test images of the demo set as a parquet folder."""
+    return write_demo(tmp_path_factory.mktemp("data") / "little", train=72, test=30)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import timm
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -35,6 +36,12 @@ def write_demo(folder, **rows):
     for split, count in rows.items():
         demo_rows(split).select(range(count)).to_parquet(str(folder / f"{split}.parquet"))
     return str(folder)
+
+
+def forget_accelerator():
+    """Accelerate's state, which it keeps for a whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def run(*command, cwd="/", **env):

@@ -1,47 +1,25 @@
 """A run that was cut off goes on exactly: weights and metrics bit for bit those of a run that was not."""
 
-import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 
 from apart_hf import ApartError
 from apart_hf.checkpoint import damage
 from apart_hf.config import TrainConfig
 from apart_hf.interruption import EXIT_CODE
+from apart_hf.run_folder import RunFolder
 from apart_hf.train import train
-from tests.helpers import ROOT, assert_same, write_demo
-
-TIMING = ("seconds", "images_per_second")
-
-
-@pytest.fixture(scope="module")
-def little(tmp_path_factory):
-    return write_demo(tmp_path_factory.mktemp("data") / "little", train=72, test=30)
-
-
-def result(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    plain = [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-    states = {name: safetensors.torch.load_file(Path(folder) / name / "model.safetensors") for name in ("last", "best")}
-    return plain, states
-
-
-def assert_equal_runs(one, two):
-    (lines, states), (others, other_states) = result(one), result(two)
-    assert lines == others
-    for name, state in states.items():
-        assert_same(other_states[name], state, tolerance=0)
-
+from tests.helpers import PUSHED, REPO, ROOT, arrived
+from tests.runs import assert_equal_runs, command, latest, result, start, wait_for_checkpoint
 
 CASES = {
     "standard": {"method": "standard", "drop": 0.3, "mixup": 0.2},
@@ -92,6 +70,12 @@ def test_a_finished_run_says_so(little, tmp_path, capsys):
     assert (one / "last/model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_a_run_that_was_cut_off_before_it_was_pushed(hub, quickly, little, tmp_path, capsys):
+    train(settings(little, tmp_path, epochs=1))
+    train(settings(little, tmp_path, epochs=1, resume="auto", push_to_hub=REPO))
+    assert "is finished" in capsys.readouterr().out and arrived(hub) == PUSHED
+
+
 def test_a_longer_run_goes_on(little, tmp_path):
     train(settings(little, tmp_path, sched="none"))
     with pytest.raises(ApartError, match=r"other settings: epochs \(was 2, now 3\).*--override"):
@@ -120,9 +104,23 @@ def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys):
     assert result(one)[0] == want[0]
 
 
-def test_old_checkpoints_go(little, tmp_path):
-    one = train(settings(little, tmp_path, checkpoint_hist=2))
-    assert [path.name for path in sorted((one / "checkpoints").glob("step-*"))] == ["step-00000016", "step-00000018"]
+def kept(run):
+    return [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").glob("step-*"))]
+
+
+def test_old_checkpoints_go_but_for_that_of_the_best_epoch(little, tmp_path, monkeypatch):
+    losses = [3.0, 1.0, 2.0, 2.5]
+    found = iter([*losses, *losses[2:]])
+    monkeypatch.setattr("apart_hf.trainer.evaluate", lambda *_: {"eval_loss": next(found), "top1": 0.0, "top5": 0.0})
+    more = {"checkpoint_hist": 2, "eval_metric": "eval_loss", "epochs": 4}
+    one = train(settings(little, tmp_path, **more))
+    assert kept(one) == [18, 34, 36]
+    for folder in sorted((one / "checkpoints").glob("step-*"))[1:]:
+        (folder / "run.pt").unlink()
+    # back to the best one, which is still known as such; the damaged ones of later steps do not take the place of new
+    train(settings(little, tmp_path, **more, resume="auto"))
+    assert kept(one) == [18, 34, 36] and [line["eval_loss"] for line in result(one)[0]] == losses
+    assert all(damage(folder) is None for folder in (one / "checkpoints").glob("step-*"))
 
 
 def test_what_cannot_be_resumed(little, tmp_path):
@@ -167,45 +165,62 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path):
     assert damage(tmp_path / "run/checkpoints/step-00000003") is None
 
 
+def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
+    whole = train(settings(little, tmp_path / "whole"))
+    write = RunFolder._write
+
+    def limited(*arguments):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_write", limited)
+        with pytest.raises(ApartError, match=r"^cannot write .*run \(.*File too large.*\); make room there,.*--resume"):
+            train(settings(little, tmp_path))
+    assert not (tmp_path / "run/last").exists() and latest(tmp_path / "run").name == "step-00000008"
+    assert_equal_runs(whole, train(settings(little, tmp_path, resume="auto")))
+
+
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 
-def command(little, output, *more):
-    return [
-        sys.executable, str(ROOT / "scripts/train.py"), "--model", "test_resnet", "--groups", "2", "--data-dir", little,
-        "-b", "8", "--epochs", "8", "--lr", "0.02", "--checkpoint-every", "3", "--resume", "auto", "--output",
-        str(output), "--experiment", "run", *more,
-    ]
+def live(little, output, rng, *, kill, writing):
+    """One process, to its end or killed: in the midst of writing a checkpoint, or of what comes after one."""
+    def found(pattern):
+        return set((output / "run/checkpoints").glob(pattern))
 
+    def wait(condition):
+        while process.poll() is None and not condition():
+            time.sleep(0.001)
 
-def start(command):
-    return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"})
-
-
-def wait_for_checkpoint(process, folder, seconds=100):
-    deadline = time.monotonic() + seconds
-    while not list((folder / "checkpoints").glob("step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-
-
-def killed(number, little, whole, tmp_path, more=()):
-    """SIGKILL at so many random moments, then to the end; compare with `whole`."""
-    folder, rng, kills = tmp_path / "run", random.Random(number), 0
-    while kills < number:
-        process = start(command(little, tmp_path, *more))
-        wait_for_checkpoint(process, folder)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0.0, 2.0))
+    before, left = found("step-*"), found(".step-*")
+    process = start(command(little, output))
+    if kill:
+        wait(lambda: found("step-*") - before)
+        if writing:
+            wait(lambda: found(".step-*") - left)
+        time.sleep(rng.uniform(0.0, 0.02 if writing else 0.5))
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
-        process.communicate()
-        if process.returncode == 0:
-            break
-    out, error = start(command(little, tmp_path, *more)).communicate(timeout=300)
-    assert "done" in out or "is finished" in out, error
-    assert_equal_runs(whole, folder)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL or "done: " in out or "is finished" in out, error
+    return process.returncode
+
+
+def killed(number, little, whole, tmp_path):
+    """SIGKILL so many times; each run that comes to its end is compared with `whole`."""
+    rng, kills, runs, finished = random.Random(number), 0, 0, False
+    while kills < number or not finished:
+        output = tmp_path / str(runs)
+        finished = live(little, output, rng, kill=kills < number, writing=kills % 2 == 0) == 0
+        if finished:
+            assert_equal_runs(whole, output / "run")
+            runs += 1
+        else:
+            kills += 1
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +247,7 @@ def test_a_signal_stops_at_a_checkpoint(name, little, whole, tmp_path):
     process = start(command(little, tmp_path))
     wait_for_checkpoint(process, tmp_path / "run")
     process.send_signal(getattr(signal, name))
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == EXIT_CODE == 75
     assert error.count("\n") == 1 and f"stopped by {name} after step" in error and "--resume auto" in error
     step = int(error.split("after step ")[1].split(";")[0])
@@ -244,11 +259,11 @@ def test_a_signal_stops_at_a_checkpoint(name, little, whole, tmp_path):
 
 def test_two_runs_into_one_folder(little, tmp_path):
     """That a lock of the dead is none is seen wherever a killed run goes on."""
-    first = start(command(little, tmp_path))
+    first = start(command(little, tmp_path, "--epochs", "500"))
     try:
         wait_for_checkpoint(first, tmp_path / "run")
-        second = start(command(little, tmp_path))
-        _, error = second.communicate(timeout=60)
+        second = start(command(little, tmp_path, "--epochs", "500"))
+        _, error = second.communicate(timeout=300)
         assert second.returncode == 2 and "is in use by another run (process " in error and error.count("\n") == 1
     finally:
         first.kill()

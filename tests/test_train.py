@@ -22,6 +22,7 @@ from apart_hf.runtime import cores
 from apart_hf.train import train
 from apart_hf.trainer import Trainer
 from tests.helpers import FAST, ROOT, assert_same, batch, build, run, write_demo
+from tests.runs import TIMING
 
 RUN_FILES = {"config.yaml", "metrics.jsonl", "best", "last", "plots", "checkpoints"}
 
@@ -115,7 +116,8 @@ def test_a_run_repeats_exactly(method, tmp_path, small_data):
         state = safetensors.torch.load_file(folder / "last" / "model.safetensors")
         history = lines(folder)
         for line in history:
-            del line["seconds"], line["images_per_second"]
+            for key in TIMING:
+                del line[key]
         runs.append((state, history))
     assert_same(runs[0][0], runs[1][0], tolerance=0)
     assert runs[0][1] == runs[1][1] and len(runs[0][1]) == 2
@@ -145,6 +147,26 @@ def test_the_run_folder(tmp_path, small_data):
     assert train(TrainConfig(  # the same command again does not touch the first run
         model="test_resnet", data_dir=small_data, batch_size=16, groups=2, max_steps=1, output=str(tmp_path),
     )) == tmp_path / "little-test_resnet-apart-2"
+
+
+def test_fewer_evaluations_change_nothing_else(tmp_path, small_data):
+    def run_of(interval):
+        folder = train(TrainConfig(
+            model="test_resnet", data_dir=small_data, batch_size=16, groups=2, epochs=5, val_interval=interval,
+            output=str(tmp_path), experiment=f"every-{interval}",
+        ))
+        results = json.loads((folder / "last" / "config.json").read_text())["apart"]["results"]
+        best = json.loads((folder / "best" / "config.json").read_text())["apart"]["results"]
+        return [{k: line[k] for k in line if k not in TIMING} for line in lines(folder)], results, best
+
+    every, last, _ = run_of(1)
+    second, last_of_second, best = run_of(2)
+    assert second == [
+        line if line["epoch"] in (2, 4, 5) else {k: line[k] for k in ("epoch", "train_loss", "train_top1", "lr")}
+        for line in every
+    ]
+    assert last_of_second == last and last["epoch"] == 5
+    assert best["top1"] == max(every[epoch - 1]["top1"] for epoch in (2, 4, 5))
 
 
 def test_our_own_architecture_says_what_it_needs(tmp_path, small_data, capsys):

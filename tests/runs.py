@@ -1,0 +1,74 @@
+"""Training runs as processes of their own: started, cut off, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+
+from tests.helpers import ROOT, assert_same
+
+TIMING = ("seconds", "images_per_second")
+TRAIN = [sys.executable, str(ROOT / "scripts/train.py")]
+
+
+def command(data, output, *more):
+    """A run of 72 steps on 72 images that writes a checkpoint at every third and goes on by itself."""
+    return [
+        *TRAIN, "--model", "test_resnet", "--groups", "2", "--data-dir", data, "-b", "8", "--epochs", "8", "--lr",
+        "0.02", "--threads", "1", "--checkpoint-every", "3", "--resume", "auto", "--output", str(output),
+        "--experiment", "run", *more,
+    ]
+
+
+def start(command, log=subprocess.PIPE, **env):
+    """Its stdout and stderr go to `log`: pipes, or one file."""
+    return subprocess.Popen(
+        [str(part) for part in command], cwd="/", stdout=log, stderr=log, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
+    )
+
+
+def start_ranks(command, count=2, logs=(subprocess.PIPE, subprocess.PIPE), **env):
+    """The processes of one run, as a launcher starts them; but nobody ends the others where one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "ACCELERATE_USE_CPU": "true"} | env
+    own = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [start(command, log, **{k: str(v) for k, v in (shared | mine).items()}) for mine, log in zip(own, logs)]
+
+
+def latest(folder):
+    """The newest checkpoint's folder; None: there is none."""
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def wait_for_checkpoint(process, folder, after=None, seconds=100):
+    """Until there is one, or another one than `after`."""
+    deadline = time.monotonic() + seconds
+    while latest(folder) == after:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def result(folder):
+    """(metrics but for their times, tensors of last/ and best/)."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    plain = [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    states = {name: safetensors.torch.load_file(Path(folder) / name / "model.safetensors") for name in ("last", "best")}
+    return plain, states
+
+
+def assert_equal_runs(one, two):
+    (lines, states), (others, other_states) = result(one), result(two)
+    assert lines == others
+    for name, state in states.items():
+        assert_same(other_states[name], state, tolerance=0)
