@@ -78,7 +78,7 @@ def perturbed_batch_norm(
         gamma, beta, delta_mu, delta_sigma: (C,) each, differentiable.
         eps: added to the variance.
         buffers: running (mean, var), (C,) each, updated in place with `momentum` as `F.batch_norm` does; only with one
-            group. None: the statistics leave no trace.
+            group and shifted=False. None: the statistics leave no trace.
         grouping: the groups that rows of x belong to.
         sync: processes whose groups share their statistics: group k is that of all of them together (SyncBatchNorm).
         shifted: False promises that both deltas are zero, and saves work; their gradients are those of Eq. 3 at zero

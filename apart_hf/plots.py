@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from apart_hf.results import Difference
 
 
 def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss and top-1 accuracy by epoch, of training and evaluation, as PNG.
 
     Args:
-        history: the lines of metrics.jsonl.
+        history: the lines of metrics.jsonl, one of them with an evaluation.
         path: the file to write.
         title: of the figure.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
-    epochs = [line["epoch"] for line in history]
     panels = [
         ("loss", [("training", "train_loss", "--o"), ("evaluation", "eval_loss", "-s")]),
         ("top-1 accuracy (%)", [("training", "train_top1", "--o"), ("evaluation", "top1", "-s")]),
     ]
     for axes, (label, lines) in zip(figure.subplots(1, 2), panels):
         for name, key, style in lines:
-            axes.plot(epochs, [line[key] for line in history], style, label=name, markevery=max(1, len(epochs) // 12))
+            points = [(line["epoch"], line[key]) for line in history if key in line]
+            axes.plot(*zip(*points), style, label=name, markevery=max(1, len(points) // 12))
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: str) -> None:
+    """Gain in accuracy over cost, with confidence intervals, as PNG. What costs the same stands side by side.
+
+    Args:
+        gains: (name, cost in units of plain training, gain in per cent).
+        path: the file to write.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    of_cost = Counter(round(cost, 2) for _, cost, _ in gains)
+    placed = Counter()
+    for (name, cost, gain), marker in zip(gains, itertools.cycle("os^vD<>Pph*X")):
+        beside = placed[round(cost, 2)] - (of_cost[round(cost, 2)] - 1) / 2
+        placed[round(cost, 2)] += 1
+        axes.errorbar(cost + 0.035 * beside, gain.mean, gain.half_width, marker=marker, capsize=3, linestyle="none",
+                      label=name)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xlabel="cost (passes over the data, plain training = 1)", title=title,
+             ylabel="gain in top-1 accuracy over plain training (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.data import resolve_model_data_config
 
 from apart_hf.card import Exported
 from apart_hf.command_line import Parser, run_command
-from apart_hf.data import DATASETS, DataSettings, Loaders, LoaderSettings, load_image_data
-from apart_hf.errors import ApartError
+from apart_hf.data import Loaders
 from apart_hf.evaluation import evaluate
+from apart_hf.measuring import add_image_options, measured_images, plain_batches
 from apart_hf.pretrained import find_pretrained, load_pretrained
 from apart_hf.runtime import use_threads
 
@@ -32,20 +31,10 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="NAME",
                         help="a run or exported folder, a repository user/name, or a model that comes with apart_hf")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
-    parser.add_argument("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a Hub id [demo]")
-    parser.add_argument("--data-dir", metavar="DIR", help="local folder instead")
-    parser.add_argument("--val-split", metavar="NAME", help="split to measure on [found]")
-    parser.add_argument("--input-key", metavar="NAME", help="column of the images [found]")
-    parser.add_argument("--target-key", metavar="NAME", help="column of the class indices [found]")
+    add_image_options(parser)
     parser.add_argument("--streaming", action="store_true", help="read images as they come")
-    parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="[error]")
-    parser.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="[128]")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes [0]")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    found = parser.parse_args(arguments)
-    if found.batch_size < 1 or found.workers < 0:
-        raise ApartError(f"--batch-size {found.batch_size} --workers {found.workers}: at least 1 and 0.")
-    return found
+    return parser.parse_args(arguments)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -57,17 +46,8 @@ def _run(args: argparse.Namespace) -> None:
         training.get("settings", {}).get("amp_dtype"), "no")
     accelerator = Accelerator(mixed_precision=precision)
     use_threads(None, accelerator.num_processes)
-    names, skip = model.pretrained_cfg.get("label_names"), args.on_bad_image == "skip"
-    data = load_image_data(DataSettings(
-        args.dataset, args.data_dir, train_split=args.val_split, val_split=args.val_split, input_key=args.input_key,
-        target_key=args.target_key, streaming=args.streaming, train_num_samples=1 if args.streaming else None,
-        skip_bad=skip, num_classes=model.num_classes, class_names=tuple(names) if isinstance(names, list) else None,
-    ))
-    settings = LoaderSettings(
-        # the transform that the folder records, also for images of another size
-        resolve_model_data_config(model), 1, args.batch_size, "workers", args.workers, skip_bad=skip,
-    )
-    loader = Loaders(data, settings, accelerator).evaluation(data.val)
+    data = measured_images(args, model, streaming=args.streaming)
+    loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(data.val)
     found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator)}
     skipped = int(accelerator.reduce(torch.tensor(loader.dataset.take_skipped(), device=accelerator.device)))
     found["images"] = None if data.val.size is None else len(data.val) - skipped

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apart_hf import push, validate
+from apart_hf import analyse, push, reproduce, validate
 from apart_hf.command_line import parse_arguments
 from apart_hf.data import DATASETS
 from apart_hf.recipes import RECIPES
@@ -26,18 +26,40 @@ def test_the_loop_runs():
     assert scope["loss"].isfinite() and scope["output"].shape == (32, 10)
 
 
-def test_every_train_command_parses():
+def commands(script):
     shell = "".join(blocks("bash")).splitlines()
-    commands = [shlex.split(line) for line in shell if "scripts/train.py" in line]
-    assert len(commands) == 8
-    for command in commands:
-        parse_arguments(command[command.index("scripts/train.py") + 1:])
+    found = [shlex.split(line) for line in shell if script in line]
+    return [command[command.index(script) + 1:] for command in found]
+
+
+def test_every_train_command_parses():
+    found = commands("scripts/train.py")
+    assert len(found) == 8
+    for arguments in found:
+        parse_arguments(arguments)
+
+
+def test_every_analyse_command_parses(monkeypatch):
+    parsed = []
+    monkeypatch.setattr(analyse, "_run", parsed.append)
+    for arguments in commands("scripts/analyse.py"):
+        analyse.main(arguments)
+    assert [args.figure for args in parsed] == ["attack", "robustness"]
+
+
+def test_every_table_command_parses(capsys, tmp_path):
+    found = commands("scripts/reproduce.py")
+    assert len(found) == 4
+    for arguments in found:
+        reproduce.main([*arguments, "--dry-run", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.count("python scripts/train.py --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 4
 
 
 def test_every_flag_exists(capsys):
-    for command in (parse_arguments, push.main, validate.main):
+    for command, *figure in ((parse_arguments,), (push.main,), (reproduce.main,), (validate.main,),
+                             (analyse.main, "attack"), (analyse.main, "robustness")):
         with pytest.raises(SystemExit):
-            command(["--help"])
+            command([*figure, "--help"])
     flags = capsys.readouterr().out
     prose = re.sub(r"```.*?```|`python [^`]*`", "", README, flags=re.S)  # other programs have flags of their own
     assert all(flag in flags for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose))

@@ -1,0 +1,138 @@
+"""The runs that tables are made of: which training stands behind a row and a seed, and whether a result is its own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apart_hf.command_line import parse_arguments
+from apart_hf.config import TrainConfig
+from apart_hf.errors import ApartError
+from apart_hf.resolve import settle
+from apart_hf.resume import FREE
+from apart_hf.strategies import METHODS
+from apart_hf.tables import ROWS, SCALES, recipe_name
+
+# what a table's row, seed and scale say, or what would take results from other images
+_OWN = ("seed", "recipe", "config", "method", "budget", "dataset", "data_dir", "output", "experiment", "resume",
+        "override", "print_config", "val_fraction", "streaming", "push_to_hub", "on_bad_image")
+# what changes how a result is computed, but not what is computed
+_HOW = {"amp", "amp_dtype", "channels_last", "torchcompile", "loader", "val_interval", "grad_checkpointing",
+        "validation_batch_size", "sync_bn", "eval_metric", "on_nonfinite"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        name: also its result's.
+        row: of the table.
+        seed: of the training.
+        flags: flags of `train`, by table, row, seed and scale.
+        more: further ones, that all runs are given.
+        places: settings that say where the data are and where the run goes.
+    """
+
+    name: str
+    row: str
+    seed: int
+    flags: list[str]
+    more: list[str]
+    places: dict[str, str]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of `train`."""
+        return [*self.flags, *self.more, *flags_of(self.places)]
+
+    @property
+    def config(self) -> TrainConfig:
+        return settle(parse_arguments(self.arguments))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {key: value for key, value in dataclasses.asdict(self.config).items() if key not in FREE}
+
+    @property
+    def cost(self) -> float:
+        """Passes over the data, in units of those of the recipe's plain training."""
+        config, given = self.config, parse_arguments(self.arguments)
+        passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
+        return passes * config.epochs / settle(dataclasses.replace(given, budget=None)).epochs
+
+
+def setting(args: argparse.Namespace, dataset: str, model: str) -> str:
+    """Dataset and model, as far as the scale leaves them."""
+    used = {"dataset": dataset, "model": model} | SCALES[args.scale].settings
+    return f"{used['dataset']}-{used['model']}"
+
+
+def make_run(args: argparse.Namespace, dataset: str, model: str, row: str, seed: int) -> Run:
+    """The run of a row and a seed.
+
+    Raises: ApartError where the flags for every run set what is the table's.
+    """
+    scale, known = SCALES[args.scale], ROWS[row]
+    name = f"{setting(args, dataset, model)}-{row}-{args.scale}-{seed}"
+    settings = {"recipe": recipe_name(dataset, model, known), "seed": seed}
+    settings |= {} if known.budget is None else {"budget": known.budget}
+    flags = flags_of(settings | scale.settings | known.settings)
+    _check_more(flags, args.more)
+    places = {"output": str(args.output), "experiment": name, "resume": "auto"}
+    if scale.reduction is not None:
+        places["data_dir"] = str(_reduced(args, dataset))
+    elif args.data_dir is not None and "dataset" not in scale.settings:
+        places["data_dir"] = args.data_dir
+    return Run(name, row, seed, flags, args.more, places)
+
+
+def _reduced(args: argparse.Namespace, dataset: str) -> Path:
+    part, source = SCALES[args.scale].reduction, Path(args.data_dir).resolve().name if args.data_dir else dataset
+    return args.output / f"{source}-{part.classes}x{part.images}-{part.edge}px"
+
+
+def flags_of(settings: dict[str, Any]) -> list[str]:
+    found = []
+    for key, value in settings.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        found += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return found
+
+
+def _check_more(flags: list[str], more: list[str]) -> None:
+    plain, full = parse_arguments(flags), parse_arguments([*flags, *more])
+    for key in _OWN:
+        if getattr(plain, key) != getattr(full, key):
+            flag = f"--{key.replace('_', '-')}"
+            raise ApartError(f"{flag} after --: the table, its rows and --seeds decide that; leave it out.")
+
+
+def changed(run: Run, result: dict[str, Any], but: Iterable[str] = ()) -> str:
+    """The settings in which a result differs from a run, in words; those named in `but` aside."""
+    before = dataclasses.asdict(TrainConfig()) | result["settings"]  # options that came later had their defaults
+    return ", ".join(f"{key}: {before[key]}, now {now}" for key, now in run.settings.items()
+                     if key not in but and before[key] != now)
+
+
+def is_published(run: Run, result: dict[str, Any]) -> bool:
+    """Whether a result is of the paper's settings, as far as they decide what is computed."""
+    return not changed(dataclasses.replace(run, more=[]), result, _HOW) and result["processes"] == 1
+
+
+def check_together(results: Iterable[dict[str, Any]]) -> None:
+    """Raise ApartError where results of one table were made of other images, or in another arithmetic."""
+    first: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for key in ("data", "amp_dtype", "processes"):
+            other = first.setdefault(key, result)
+            if other[key] != result[key]:
+                raise ApartError(
+                    f"{other['run']} and {result['run']} cannot stand in one table: {key} is {other[key]} and "
+                    f"{result[key]}; keep such results in folders of their own, by --results."
+                )
