@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 
 from apart_hf.data import DatasetSpec, ImageData, Loaders, LoaderSettings, Split
-from apart_hf.data.transforms import SMALL
+from apart_hf.data.transforms import SMALL, data_config
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875,
             "crop_mode": "center"}
@@ -71,7 +71,7 @@ def main() -> None:
     kinds = {}
     in_memory = args.size <= SMALL and (width, height) == (args.size, args.size)
     for loader in ("memory", "workers") if in_memory else ("workers",):
-        images_as = IMAGENET | {"input_size": (3, args.size, args.size)}
+        images_as = data_config(IMAGENET, (width, height), img_size=args.size)
         settings = LoaderSettings(images_as, 128, 128, loader, args.workers)
         start = time.perf_counter()
         train = Loaders(data, settings, Accelerator(cpu=True)).train()

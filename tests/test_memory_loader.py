@@ -16,6 +16,7 @@ from torchvision import transforms as T
 from apart_hf import ApartError
 from apart_hf.config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings, Split
+from apart_hf.data.images import rgb
 from apart_hf.data.memory import InMemoryImages, decode
 from apart_hf.train import train
 from tests.helpers import load
@@ -123,6 +124,8 @@ def test_what_works_on_single_images_goes_to_the_workers(tmp_path):
     assert make_loaders(data, settings(batch_size=4))[2] == "memory" and make_loaders(data, augmented)[2] == "workers"
     with pytest.raises(ApartError, match="--loader memory: --reprob works on single images"):
         make_loaders(data, settings("memory", augmentation=augmented.augmentation))
+    cropped = settings(images=CONFIG | {"crop_pct": 0.7}, batch_size=4)
+    assert make_loaders(data, cropped)[2] == "workers"
     large = settings("memory", images=CONFIG | {"input_size": (3, 224, 224)})
     with pytest.raises(ApartError, match=r"28x28 pixels are no small squares of the network's input size \(224x224\)"):
         make_loaders(data, large)
@@ -148,6 +151,21 @@ def test_evaluating_on_the_training_split_is_plain(loader):
     _, val, _ = make_loaders(load(val_split="train"), settings(loader))
     labels = torch.cat([labels for _, labels in val])
     assert labels.tolist() == load().train.labels().tolist()
+
+
+@pytest.mark.parametrize("loader", ["memory", "workers"])
+def test_the_border_of_crops_can_be_chosen(loader):
+    """The demo set has none of its own: with none, each image comes whole or flipped; with 4, as few as 1 in 81 do."""
+    data, plain = load(), settings(loader).images | {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    cells = data.train.cells(list(range(len(data.train))))
+    whole = torch.stack([T.functional.to_tensor(rgb(cell)) for cell, _ in cells])
+    known = {image.numpy().tobytes() for part in (whole, whole.flip(-1)) for image in part}
+    shares = []
+    for padding in (None, 0, 4):
+        train_loader, _, _ = make_loaders(data, settings(loader, images=plain, padding=padding))
+        images, _ = next(iter(train_loader))
+        shares.append(sum(image.contiguous().numpy().tobytes() in known for image in images) / len(images))
+    assert shares[0] == shares[1] == 1 and shares[2] < 0.2
 
 
 def test_accelerate_shares_batches_and_epochs_advance():

@@ -32,8 +32,9 @@ class LoaderSettings:
         loader: "memory": images are decoded once; "workers": at every use; "auto": memory where that gives the same.
         workers: loader processes, of the second kind and of streams.
         seed: of order and augmentation.
-        augmentation: arguments of `train_transform`: aa, color_jitter, reprob.
+        augmentation: arguments of `train_transform`: aa, color_jitter, reprob, interpolation.
         skip_bad: pass over images that cannot be decoded.
+        padding: pixels around small training images before their random crop; None: the dataset's.
         shuffle_buffer: images of a stream that each loader process shuffles among themselves.
     """
 
@@ -46,6 +47,7 @@ class LoaderSettings:
     augmentation: dict[str, Any] = None
     skip_bad: bool = False
     shuffle_buffer: int = 2048
+    padding: int | None = None
 
 
 class Loaders:
@@ -103,6 +105,10 @@ class Loaders:
                 f"(--batch-size {self.settings.batch_size} x {processes} process(es)); use a smaller batch."
             )
 
+    @property
+    def _padding(self) -> int:
+        return self.data.spec.padding if self.settings.padding is None else self.settings.padding
+
     def _no_memory(self) -> str | None:
         """Why the images cannot be kept in memory; None: they can."""
         if self.data.train.streamed:
@@ -114,7 +120,9 @@ class Loaders:
         used = [f"--{name.replace('_', '-')}" for name, value in (self.settings.augmentation or {}).items() if value]
         if used:
             return f"{', '.join(used)} works on single images"
-        if self.settings.loader == "auto" and not fits_in_memory(images, edge, self.data.spec.padding):
+        if self.settings.images["crop_pct"] != 1:
+            return f"--crop-pct {self.settings.images['crop_pct']} resizes single images"
+        if self.settings.loader == "auto" and not fits_in_memory(images, edge, self._padding):
             return f"{images} images are too many to keep unasked"
         return None
 
@@ -142,13 +150,13 @@ class Loaders:
         return InMemoryImages(
             decoded, labels, self.settings.images["mean"], self.settings.images["std"], seed=self.settings.seed,
             device=self.accelerator.device, skipped=skipped,
-            **({"padding": self.data.spec.padding, "flip": True} if training else {}),
+            **({"padding": self._padding, "flip": True} if training else {}),
         )
 
     def _transform(self, training: bool):
         if not training:
             return eval_transform(self.settings.images)
-        return train_transform(self.settings.images, self.data.image_size, self.data.spec.padding,
+        return train_transform(self.settings.images, self.data.image_size, self._padding,
                                **self.settings.augmentation or {})
 
     def _arguments(self, dataset: Dataset) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def data_config(
 
 def train_transform(
     config: dict[str, Any], image_size: tuple[int, int], padding: int = 4, *, aa: str | None = None,
-    color_jitter: float = 0.0, reprob: float = 0.0,
+    color_jitter: float = 0.0, reprob: float = 0.0, interpolation: str | None = None,
 ) -> Callable:
     """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip.
 
@@ -50,6 +50,7 @@ def train_transform(
         image_size: (width, height) of the dataset's images, in pixels.
         padding: pixels around a small image before its random crop.
         aa, color_jitter, reprob: timm's automatic augmentation, colour jitter and random erasing, after that.
+        interpolation: of larger images; None: that of `config`.
 
     Raises: ApartError for a policy that timm does not know.
     """
@@ -59,7 +60,8 @@ def train_transform(
     try:
         crop, augment, to_tensor = create_transform(
             config["input_size"], is_training=True, color_jitter=color_jitter, auto_augment=aa, re_prob=reprob,
-            interpolation=config["interpolation"], mean=config["mean"], std=config["std"], separate=True,
+            interpolation=interpolation or config["interpolation"], mean=config["mean"], std=config["std"],
+            separate=True,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.") from error
