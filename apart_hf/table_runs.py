@@ -82,7 +82,11 @@ def make_run(args: argparse.Namespace, dataset: str, model: str, row: str, seed:
     name = f"{setting(args, dataset, model)}-{row}-{args.scale}-{seed}"
     settings = {"recipe": recipe_name(dataset, model, known), "seed": seed}
     settings |= {} if known.budget is None else {"budget": known.budget}
-    flags = flags_of(settings | scale.settings | known.settings)
+    settings |= scale.settings | known.settings
+    method = settings.get("method", known.recipe.removesuffix("-mixup"))
+    if scale.groups is not None and "groups" in METHODS[method].hyper_parameters():
+        settings.setdefault("groups", scale.groups)
+    flags = flags_of(settings)
     _check_more(flags, args.more)
     places = {"output": str(args.output), "experiment": name, "resume": "auto"}
     if scale.reduction is not None:

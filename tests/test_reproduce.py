@@ -49,8 +49,13 @@ def run_of(table, row, *flags, seed=0):
     ("study", (), "apart-every2", 1.5, {"every": 2, "groups": 16, "epochs": 200}),
     ("study", (), "apart-ratio0.25", 1.25, {"ratio": 0.25}),
     ("study", (), "ghost-bn", 2, {"method": "ghost-bn", "epochs": 200, "weight_decay": 5e-4}),
-    ("study", ("--scale", "small"), "standard-2x", 2,
+    ("study", ("--scale", "medium"), "standard-2x", 2,
      {"epochs": 120, "decay_milestones": [60, 90], "model": "wide_resnet16_2", "padding": 2, "lr": 0.1}),
+    ("study", ("--scale", "medium"), "ghost-bn", 2, {"groups": 16, "batch_size": 128, "amp_dtype": "bfloat16"}),
+    ("study", ("--scale", "small"), "sam", 2, {"groups": None, "rho": 0.1, "batch_size": 64, "epochs": 48}),
+    ("study", ("--scale", "small"), "ghost-bn", 2, {"groups": 8, "amp_dtype": "float32"}),
+    ("table1", ("--scale", "small"), "apart-sam-mixup", 2, {"groups": 8, "epsilon": 0.1}),
+    ("study", ("--scale", "small"), "apart-n1", 2, {"groups": 1}),
 ])
 def test_rows_are_the_papers_settings(table, flags, row, cost, want):
     made = run_of(table, row, *flags, seed=3)
