@@ -1,7 +1,7 @@
 """Runs that lack memory or lose a loader process, and what a long run takes of both."""
 
 import contextlib
-import resource
+import sys
 import time
 
 import psutil
@@ -11,7 +11,7 @@ from apart_hf import interruption
 from apart_hf.checkpoint import damage
 from apart_hf.interruption import EXIT_CODE
 from apart_hf.train import main, train
-from tests.helpers import write_demo
+from tests.helpers import run, write_demo
 from tests.runs import command, latest, start, wait_for_checkpoint
 from tests.test_resume import settings
 
@@ -23,27 +23,26 @@ def little(tmp_path_factory):
     return write_demo(tmp_path_factory.mktemp("data") / "little", train=360, test=60)
 
 
-def ended(little, output, *flags):
-    """Exit code of a run."""
-    with pytest.raises(SystemExit) as ended:
-        main(["--model", "test_resnet", "--method", "standard", "--data-dir", little, "-b", "8", "--epochs", "2",
-              "--threads", "1", "--output", str(output), "--experiment", "run", *map(str, flags)])
-    return ended.value.code
+def arguments(little, output, *flags):
+    """Of a run."""
+    return ["--model", "test_resnet", "--method", "standard", "--data-dir", little, "-b", "8", "--epochs", "2",
+            "--threads", "1", "--output", str(output), "--experiment", "run", *map(str, flags)]
 
 
-@contextlib.contextmanager
-def no_more_memory_than(megabytes):
-    """Beyond what this process has by now."""
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + megabytes * MB, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+# a new process: memory that other tests have used and given back would not count
+NO_MORE_MEMORY = f"""
+import resource, sys, psutil
+from apart_hf.train import main
+most = psutil.Process().memory_info().vms + int(sys.argv[1]) * {MB}
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+main(sys.argv[2:])
+"""
 
 
 def test_images_too_large_for_any_memory(little, tmp_path, capsys):
-    assert ended(little, tmp_path, "--img-size", 200_000) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(arguments(little, tmp_path, "--img-size", 200_000))
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory at --batch-size 8 images of 200000 pixels" in error
     assert "try --batch-size 4 --grad-accum-steps 2, --amp, --grad-checkpointing" in error
@@ -51,13 +50,16 @@ def test_images_too_large_for_any_memory(little, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["training", "evaluation"])
-def test_out_of_memory(where, little, tmp_path, capsys):
+def test_out_of_memory(where, little, tmp_path):
+    """With 800 MB beyond what the libraries take."""
     sizes = {"training": (64, 8), "evaluation": (2, 60)}[where]
-    with no_more_memory_than(800):
-        flags = ("-b", sizes[0], "--validation-batch-size", sizes[1], "--checkpoint-every", 2, "--img-size", 512)
-        assert ended(little, tmp_path, *flags, "--max-steps", 2, "--loader", "workers", "--workers", 0) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"out of memory at --batch-size {sizes[0]} images of 512 pixels (" in error
+    failed = run(sys.executable, "-c", NO_MORE_MEMORY, 800, *arguments(
+        little, tmp_path, "-b", sizes[0], "--validation-batch-size", sizes[1], "--checkpoint-every", 2, "--img-size",
+        512, "--max-steps", 2, "--loader", "workers", "--workers", 0,
+    ))
+    error = failed.stderr
+    assert failed.returncode == 2 and error.count("\n") == 1, error
+    assert f"out of memory at --batch-size {sizes[0]} images of 512 pixels (" in error
     assert f"--batch-size {sizes[0] // 2} --grad-accum-steps 2" in error
     assert f"--validation-batch-size below {sizes[1]}" in error and error.count("out of memory at") == 1
     if where == "training":
