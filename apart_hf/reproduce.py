@@ -24,7 +24,7 @@ from apart_hf.interruption import EXIT_CODE, SIGNALS
 from apart_hf.plots import plot_gains
 from apart_hf.results import Difference, Line, add_result, read_results, render
 from apart_hf.runtime import device_name, versions
-from apart_hf.table_runs import Run, changed, check_together, flags_of, is_published, make_run, setting
+from apart_hf.table_runs import Run, changed, check_together, flags_of, is_published, make_run, setting, unknown_rows
 from apart_hf.tables import ROWS, SCALES, TABLES, Published, chosen_rows
 from apart_hf.train import data_settings
 
@@ -86,11 +86,13 @@ def _run(args: argparse.Namespace) -> None:
         for run in mine:
             print(shlex.join(["python", "scripts/train.py", *run.arguments]))
         return
-    name = f"{args.table}-{setting(args, dataset, model)}-{args.scale}"
+    where = setting(args, dataset, model)
+    name = f"{args.table}-{where}-{args.scale}"
     failed = [] if args.render else _train(args, mine, name if parts == 1 else f"{name}-{part + 1}of{parts}")
     results = read_results(args.results)
     seeds = range(1 + max((result["seed"] for result in results.values()), default=0))  # also those of earlier commands
-    _show(args, name, [run_of(row, seed) for row in published for seed in seeds], results, published)
+    tried = unknown_rows(results.values(), where, args.scale)
+    _show(args, name, [run_of(row, seed) for row in published for seed in seeds], results, published, tried)
     if failed:
         raise ApartError(f"{len(failed)} of {len(mine)} runs failed: {', '.join(failed)}; the same command tries them "
                          "again.")
@@ -168,11 +170,12 @@ def _result(run: Run, folder: Path, data: str) -> dict[str, Any]:
 
 def _show(
     args: argparse.Namespace, name: str, runs: list[Run], results: dict[str, dict[str, Any]],
-    published: dict[str, Published | None],
+    published: dict[str, Published | None], tried: list[dict[str, Any]],
 ) -> None:
-    """Print the table and write it, with a plot of gains over costs, beside the results."""
+    """Print the table and write it, with a plot of gains over costs, beside the results. `tried` are further results,
+    for the table alone."""
     there = [run for run in runs if run.name in results]
-    check_together(results[run.name] for run in there)
+    check_together([*(results[run.name] for run in there), *tried])
     title = f"{TABLES[args.table].title}, scale {args.scale}"
     if args.scale != "full" or not all(is_published(run, results[run.name]) for run in there):
         published = dict.fromkeys(published)  # they are of other settings
@@ -181,7 +184,11 @@ def _show(
              next(run.cost for run in runs if run.row == row), published[row])
         for row in published
     ]
-    table = render(lines, TABLES[args.table].against)
+    more = [
+        Line(row, {result["seed"]: result["result"]["top1"] for result in tried if result["row"] == row}, cost, None)
+        for row, cost in {result["row"]: result["cost"] for result in tried}.items()
+    ]
+    table = render([*lines, *more], TABLES[args.table].against)
     print(f"{title}: top-1 accuracy, mean ± standard deviation over seeds; differences are paired by seed, ± 95 % "
           f"confidence\n\n{table}", flush=True)
     if not there:

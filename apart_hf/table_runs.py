@@ -129,6 +129,12 @@ def is_published(run: Run, result: dict[str, Any]) -> bool:
     return not changed(dataclasses.replace(run, more=[]), result, _HOW) and result["processes"] == 1
 
 
+def unknown_rows(results: Iterable[dict[str, Any]], where: str, scale: str) -> list[dict[str, Any]]:
+    """The results of a setting and scale whose rows are in no table: of methods that were tried and not kept."""
+    return [result for result in results if result["row"] not in ROWS
+            and result["run"] == f"{where}-{result['row']}-{scale}-{result['seed']}"]
+
+
 def check_together(results: Iterable[dict[str, Any]]) -> None:
     """Raise ApartError where results of one table were made of other images, or in another arithmetic."""
     first: dict[str, dict[str, Any]] = {}

@@ -131,7 +131,11 @@ def test_shards_are_merged_and_nothing_is_run_twice(tmp_path, capfd, monkeypatch
     assert parse_arguments(command[2:]).ratio == 0.25
 
     assert reproduce().startswith("Study, scale smoke")  # trains nothing
+    gone = standard | {"run": "demo-test_resnet-tried-smoke-0", "row": "tried", "result": {"top1": 1.25}}
+    others = [gone | {"run": f"{other}-0"} for other in ("demo-test_resnet-tried-small", "demo-x-tried-smoke")]
+    (folder / "gone.jsonl").write_text("".join(json.dumps(result) + "\n" for result in (gone, *others)))
     narrower = reproduce("--rows", "apart-ratio0.25", "--render")  # shows what is there all the same
+    assert narrower.count("| tried |") == 1 and "| tried | 1.00x | 1 | 1.25 | " in narrower
     assert "| standard | 1.00x | 1 |" in narrower and f"{difference:+.2f}" in narrower
     with pytest.raises(SystemExit):
         reproduce("--", "--lr", "0.2")
