@@ -28,8 +28,9 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> ApartError:
-    """An error for a misspelt name, suggesting the closest of `known`, or listing them where they are few."""
+def unknown_name(kind: str, name: str, known: Iterable[str], more: str = "") -> ApartError:
+    """An error for a misspelt name, suggesting the closest of `known`, or listing them where they are few; and `more`.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
@@ -38,4 +39,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ApartError:
         cure = f"choose one of {', '.join(known)}."
     else:
         cure = f"{len(known)} are known; none has a similar name."
-    return ApartError(f"unknown {kind} {name!r}: {cure}")
+    return ApartError(f"unknown {kind} {name!r}: {cure} {more}".rstrip())

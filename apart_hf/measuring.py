@@ -14,6 +14,7 @@ from apart_hf.data import DATASETS, DataSettings, ImageData, LoaderSettings, loa
 def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-split") -> None:
     """The options that `measured_images` and `plain_batches` read."""
     parser.add_argument("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a Hub id [demo]")
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset [its only one]")
     parser.add_argument("--data-dir", metavar="DIR", help="local folder instead")
     parser.add_argument(split_flag, dest="split", metavar="NAME", help="split to measure on [found]")
     parser.add_argument("--input-key", metavar="NAME", help="column of the images [found]")
@@ -30,9 +31,9 @@ def measured_images(args: argparse.Namespace, model: nn.Module, *, streaming: bo
     """
     names = model.pretrained_cfg.get("label_names")
     return load_image_data(DataSettings(
-        args.dataset, args.data_dir, train_split=args.split, val_split=args.split, input_key=args.input_key,
-        target_key=args.target_key, streaming=streaming, train_num_samples=1 if streaming else None,
-        skip_bad=args.on_bad_image == "skip", num_classes=model.num_classes,
+        args.dataset, args.dataset_config, args.data_dir, train_split=args.split, val_split=args.split,
+        input_key=args.input_key, target_key=args.target_key, streaming=streaming,
+        train_num_samples=1 if streaming else None, skip_bad=args.on_bad_image == "skip", num_classes=model.num_classes,
         class_names=tuple(names) if isinstance(names, list) else None,
     ))
 

@@ -78,7 +78,9 @@ def resolve(config: TrainConfig, data: ImageData, accelerator: Accelerator, thre
     """The config with every None that depends on the data or the machine decided."""
     if config.lr is None:
         images = config.batch_size * accelerator.num_processes * config.grad_accum_steps
-        growth = (images / config.lr_base_size) ** (1.0 if config.lr_base_scale == "linear" else 0.5)
+        adaptive = any(kind in config.opt.lower() for kind in ("ada", "lamb"))  # timm's rule
+        scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+        growth = (images / config.lr_base_size) ** (1.0 if scale == "linear" else 0.5)
         config = dataclasses.replace(config, lr=config.lr_base * growth)
     return dataclasses.replace(
         config,

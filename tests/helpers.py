@@ -22,7 +22,7 @@ FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-
 
 
 def load(dataset="demo", data_dir=None, **more):
-    return load_image_data(DataSettings(dataset, data_dir, **more))
+    return load_image_data(DataSettings(dataset, data_dir=data_dir, **more))
 
 
 def demo_rows(split):

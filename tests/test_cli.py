@@ -1,11 +1,13 @@
 """The command line: what it refuses, and how."""
 
+import dataclasses
 import re
 import sys
 
 import pytest
 
 from apart_hf.command_line import parse_arguments
+from apart_hf.config import TrainConfig
 from apart_hf.train import main
 from tests.helpers import FAST, ROOT, run
 
@@ -118,14 +120,15 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
     text = capsys.readouterr().out
     for title in ("model:", "method:", "data:", "optimisation:", "run:"):
         assert f"\n{title}\n" in text
-    flags = (
-        "model method epsilon groups ratio rho dataset data-dir train-split val-split input-key target-key epochs "
-        "max-steps batch-size lr momentum weight-decay sched decay-milestones warmup-epochs mixup smoothing img-size "
-        "clip-grad seed workers amp-dtype channels-last output experiment log-interval report-to every eta "
-        "local-attack global-norm aa color-jitter reprob cutmix grad-accum-steps model-ema model-ema-decay "
-        "pretrained min-lr warmup-lr validation-batch-size torchcompile sync-bn "
-        "grad-checkpointing drop drop-path expect-processes val-fraction streaming shuffle-buffer on-bad-image "
-        "class-map model-kwargs initial-checkpoint input-size lr-base amp eval-metric log-wandb train-num-samples"
+    flags = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-zA-Z-]*", text))
+    of_timm = (
+        "--config --data-dir --dataset --train-split --val-split --input-key --target-key --class-map --model "
+        "--pretrained --initial-checkpoint --resume --num-classes --img-size --input-size --model-kwargs -b -vb "
+        "--channels-last --grad-accum-steps --grad-checkpointing --torchcompile --amp --amp-dtype --opt --momentum "
+        "--weight-decay --clip-grad --sched --lr --lr-base --warmup-epochs --warmup-lr --min-lr --epochs --aa "
+        "--color-jitter --reprob --mixup --cutmix --smoothing --drop --drop-path --sync-bn --model-ema "
+        "--model-ema-decay --seed --log-interval --checkpoint-hist -j --output --experiment --eval-metric --log-wandb"
     )
-    assert all(f"--{flag}" in text for flag in flags.split())
+    assert set(of_timm.split()) <= flags
+    assert {f"--{option.name.replace('_', '-')}" for option in dataclasses.fields(TrainConfig)} <= flags
     assert "[128; demo: 64]" in text and "[0.9]" in text

@@ -80,11 +80,12 @@ def test_the_training_transform_is_pad_4_crop_flip():
     for y in range(9):
         for x in range(9):
             crop = padded[:, y:y + 8, x:x + 8]
-            crops[crop.numpy().tobytes()] = crops[crop.flip(-1).numpy().tobytes()] = (y, x)
+            crops[crop.numpy().tobytes()], crops[crop.flip(-1).numpy().tobytes()] = (y, x, False), (y, x, True)
     torch.manual_seed(0)
     transform = train_transform(config, (8, 8))
     drawn = [crops[transform(original).numpy().tobytes()] for _ in range(600)]
-    assert len(set(drawn)) > 78
+    assert len({(y, x) for y, x, _ in drawn}) > 78
+    assert 250 < sum(flipped for *_, flipped in drawn) < 350  # four standard deviations
 
 
 def test_large_images_take_timms_transform():
@@ -233,3 +234,48 @@ def test_every_registered_dataset_is_described(name):
     assert all((spec.train_split, spec.val_split, spec.input_key, spec.target_key))
     assert spec.num_classes and spec.image_size and spec.train_size > spec.val_size
     assert (spec.mean is None) == (spec.image_size > 32)  # the model's own, as timm's users expect
+
+
+def test_labels_of_any_integer_type(tmp_path):
+    for kind in ("uint8", "int32"):
+        rows = Dataset.from_dict(
+            {"image": images(6), "label": [0, 1, 2, 0, 1, 2]},
+            features=Features({"image": Image(), "label": Value(kind)}),
+        )
+        folder = tmp_path / kind
+        folder.mkdir()
+        for split in ("train", "test"):
+            rows.to_parquet(str(folder / f"{split}.parquet"))
+        assert load(data_dir=str(folder)).class_names == ["0", "1", "2"]
+
+
+def test_a_label_beyond_the_number_of_images(tmp_path):
+    rows = Dataset.from_dict({"image": images(4), "label": [0, 1, 255, 1]}, features=Features(
+        {"image": Image(), "label": Value("int64")}))
+    for split in ("train", "test"):
+        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ApartError, match=r"label 255 at index 2 would make 256 classes of 4 images; .*--num-classes"):
+        load(data_dir=str(tmp_path))
+    assert len(load(data_dir=str(tmp_path), num_classes=256).class_names) == 256
+
+
+def test_one_split_saved_by_itself(tmp_path):
+    demo_rows("train").select(range(200)).save_to_disk(str(tmp_path / "saved"))
+    data = load(data_dir=str(tmp_path / "saved"), val_fraction=0.2)
+    assert (len(data.train), len(data.val), data.test) == (160, 40, None)
+
+
+def test_grey_of_16_bits():
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    file = io.BytesIO()
+    PILImage.fromarray(ramp).save(file, "PNG")
+    assert (np.asarray(rgb({"bytes": file.getvalue(), "path": None})) == (ramp >> 8)[..., None]).all()
+
+
+def test_small_images_are_resized_alike_in_training_and_evaluation():
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), (28, 28), img_size=40, interpolation="nearest")
+    original = images(1, (28, 28))[0]
+    torch.manual_seed(0)
+    want = eval_transform(config)(original)
+    drawn = [train_transform(config, (28, 28), padding=0)(original) for _ in range(8)]
+    assert all(any(torch.equal(one, other) for other in (want, want.flip(-1))) for one in drawn)

@@ -38,6 +38,41 @@ def test_recipes_are_the_paper_s(name, want, capsys):
     assert {key: found[key] for key in want} == want
 
 
+# the published hyper-parameters: (epsilon, groups, ratio, rho) and mixup's alpha, of each base and method
+_APART, _BOTH = (0.1, 16, 1.0, None), (0.1, 16, 1.0, 0.2)
+HYPER = {
+    "cifar10": {"standard": ((None,) * 4, 1.0), "apart": (_APART, 0.2), "apart-sam": (_BOTH, 0.2),
+                "sam": ((None, None, None, 0.05), None)},
+    "cifar100": {"standard": ((None,) * 4, 1.0), "apart": (_APART, 0.2), "apart-sam": (_BOTH, 0.2),
+                 "sam": ((None, None, None, 0.1), None)},
+    "tiny-imagenet": {"standard": ((None,) * 4, 0.2), "apart": ((0.1, 8, 1.0, None), 0.2),
+                      "apart-sam": ((0.1, 8, 1.0, 0.2), 0.2)},
+    "imagenet": {"standard": ((None,) * 4, None), "apart": ((0.025, 1, 1.0, None), None),
+                 "apart-sam": ((0.025, 1, 1.0, 0.025), None)},
+}
+BASES = {"cifar10-wrn40": "wide_resnet40_2", "cifar10-preact18": "preact_resnet18", "cifar100-wrn40": "wide_resnet40_2",
+         "cifar100-preact18": "preact_resnet18", "tiny-imagenet-preact18": "preact_resnet18",
+         "imagenet-resnet18": "resnet18"}
+
+
+def test_every_recipe_has_the_published_hyper_parameters():
+    found = {}
+    for name, settings in RECIPES.items():
+        config = TrainConfig(**settings)
+        assert (config.lr, config.momentum, config.opt) == (0.1, 0.9, "momentum")
+        cells = config.epsilon, config.groups, config.ratio, config.rho
+        found[name] = (config.dataset, config.model, config.method, cells, config.mixup, config.batch_size)
+    want = {}
+    for base, model in BASES.items():
+        dataset = base.rpartition("-")[0]
+        size = 128 if dataset.startswith("cifar") else 256
+        for method, (cells, alpha) in HYPER[dataset].items():
+            want[f"{base}-{method}"] = (dataset, model, method, cells, 0.0, size)
+            if alpha is not None:
+                want[f"{base}-{method}-mixup"] = (dataset, model, method, cells, alpha, size)
+    assert found == want
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_settled(name):
     config = settle(TrainConfig(**RECIPES[name]))

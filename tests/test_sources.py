@@ -36,6 +36,41 @@ def test_a_hub_dataset(streaming, hub):
     assert label == load().val.labels()[0]
 
 
+def test_the_registry_is_the_hub_s():
+    """Ids, configurations, splits and columns as the Hub has them, figures as published."""
+    found = {name: (spec.path, spec.config, spec.train_split, spec.val_split, spec.input_key, spec.target_key,
+                    spec.num_classes, spec.image_size) for name, spec in DATASETS.items() if name != "demo"}
+    assert found == {
+        "fashion-mnist": ("zalando-datasets/fashion_mnist", None, "train", "test", "image", "label", 10, 28),
+        "cifar10": ("uoft-cs/cifar10", None, "train", "test", "img", "label", 10, 32),
+        "cifar100": ("uoft-cs/cifar100", None, "train", "test", "img", "fine_label", 100, 32),
+        "tiny-imagenet": ("zh-plus/tiny-imagenet", None, "train", "valid", "image", "label", 200, 64),
+        "imagenet": ("ILSVRC/imagenet-1k", None, "train", "validation", "image", "label", 1000, 224),
+        "imagenet-wds": ("timm/imagenet-1k-wds", None, "train", "validation", "jpg", "cls", 1000, 224),
+        "imagenette": ("frgfm/imagenette", "320px", "train", "validation", "image", "label", 10, 224),
+    }
+    for name in ("cifar10", "cifar100"):
+        assert DATASETS[name].mean == (0.4914, 0.4822, 0.4465) and DATASETS[name].std == (0.2471, 0.2435, 0.2616)
+
+
+def test_a_dataset_of_several_configurations(hub):
+    publish(hub, "user/sizes")
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{part}-*\n"
+        f"  - split: test\n    path: data/test-*\n" for name, part in (("small", "train"), ("large", "test")))
+    hub.put("user/sizes", {"README.md": f"{card}---\n".encode()}, "dataset")
+    for config in (None, "huge"):
+        with pytest.raises(ApartError, match=r"name one by --dataset-config: \['(large', 'small|small', 'large)'\]"):
+            load("user/sizes", dataset_config=config)
+    assert len(load("user/sizes", dataset_config="small").train) == 32
+
+
+def test_a_dataset_that_is_a_script(hub):
+    hub.put("user/script", {"script.py": b"import datasets"}, "dataset")
+    with pytest.raises(ApartError, match=r"scripts are no longer supported.*; use a copy in parquet files"):
+        load("user/script")
+
+
 def test_a_registered_dataset_that_is_another(hub):
     publish(hub, "uoft-cs/cifar10", rows=8)
     with pytest.raises(ApartError, match="columns are image"):

@@ -7,6 +7,7 @@ import struct
 import zlib
 from typing import Any
 
+import numpy as np
 from datasets import Image
 from PIL import Image as PIL
 
@@ -16,7 +17,7 @@ ON_BAD_IMAGE = ("error", "skip")
 IGNORED = -1  # class index of a row that stands for no image
 _FEATURE = Image()
 # what PIL raises for damaged files, beside its own errors
-_DAMAGE = (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
+_DAMAGE = (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, RuntimeError, struct.error, zlib.error,
            PIL.DecompressionBombError)
 
 
@@ -25,7 +26,7 @@ class BadImage(ValueError):
 
 
 def rgb(encoded: dict[str, Any] | None) -> PIL.Image:
-    """The image of a cell of an undecoded image column; grey, palette, CMYK and alpha images become RGB.
+    """The image of a cell of an undecoded image column; grey (also of 16 bits), palette, CMYK and alpha become RGB.
 
     Raises: BadImage. A file that cannot be read for other reasons (too many open files, a device that fails) raises
         the OSError that it is.
@@ -33,7 +34,10 @@ def rgb(encoded: dict[str, Any] | None) -> PIL.Image:
     if encoded is None:
         raise BadImage("there is none")
     try:
-        return _FEATURE.decode_example(encoded).convert("RGB")
+        image = _FEATURE.decode_example(encoded)
+        if image.mode.startswith("I;16"):  # PIL would cut off at 255
+            image = PIL.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
     except (OSError, *_DAMAGE) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise

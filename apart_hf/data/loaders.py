@@ -18,6 +18,7 @@ from apart_hf.data.splits import Split
 from apart_hf.data.streaming import StreamedImages
 from apart_hf.data.transforms import SMALL, eval_transform, train_transform
 from apart_hf.errors import ApartError
+from apart_hf.signals import outlive_first_signal
 
 LOADERS = ("auto", "memory", "workers")
 
@@ -117,7 +118,8 @@ class Loaders:
         if self.data.image_size != (edge, edge) or edge > SMALL:
             width, height = self.data.image_size
             return f"images of {width}x{height} pixels are no small squares of the network's input size ({edge}x{edge})"
-        used = [f"--{name.replace('_', '-')}" for name, value in (self.settings.augmentation or {}).items() if value]
+        used = [f"--{name.replace('_', '-')}" for name, value in (self.settings.augmentation or {}).items()
+                if value and name != "interpolation"]  # nothing is resized
         if used:
             return f"{', '.join(used)} works on single images"
         if self.settings.images["crop_pct"] != 1:
@@ -167,6 +169,7 @@ class Loaders:
     def _processes(self, workers: int) -> dict[str, Any]:
         return {
             "num_workers": workers, "persistent_workers": workers > 0,
+            "worker_init_fn": outlive_first_signal if workers else None,
             "pin_memory": self.accelerator.device.type == "cuda",
         }
 

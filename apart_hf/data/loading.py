@@ -24,6 +24,7 @@ class DataSettings:
 
     Args:
         dataset: a registered name or a Hub id.
+        dataset_config: the Hub dataset's configuration; None: the registered one, or the only one.
         data_dir: a folder instead.
         train_split, val_split, input_key, target_key: names; None: found, see `load_image_data`.
         num_classes: to be checked against the data.
@@ -37,6 +38,7 @@ class DataSettings:
     """
 
     dataset: str = "demo"
+    dataset_config: str | None = None
     data_dir: str | None = None
     train_split: str | None = None
     val_split: str | None = None
@@ -94,6 +96,10 @@ def load_image_data(settings: DataSettings = DataSettings()) -> ImageData:
     Raises: ApartError naming what exists where something does not, and the first bad label.
     """
     spec = replace(find_dataset(settings.dataset, settings.data_dir), **settings.named)
+    if settings.dataset_config is not None:
+        if spec.local:
+            raise ApartError(f"--dataset-config {settings.dataset_config}: {spec.path} is a folder; leave it out.")
+        spec = replace(spec, config=settings.dataset_config)
     splits = open_splits(spec, settings.streaming)
     if spec.local:
         spec = _only_what_is_there(spec, splits, settings.named)
@@ -187,7 +193,13 @@ def _class_names(data: Dataset, spec: DatasetSpec, settings: DataSettings) -> li
         found = [str(i) for i in range(count)]
     elif found is None:
         labels = Split.of(data, spec.train_split, spec.input_key, spec.target_key).labels()
-        found = [str(i) for i in range(max(int(np.max(labels, initial=-1)) + 1, expected or 0))]
+        largest = int(np.max(labels, initial=-1))
+        if settings.num_classes is None and largest >= max(len(labels), 1):
+            raise ApartError(
+                f"split {spec.train_split!r}: label {largest} at index {labels.argmax()} would make {largest + 1} "
+                f"classes of {len(labels)} images; correct it, or name the number of classes by --num-classes."
+            )
+        found = [str(i) for i in range(settings.num_classes or max(largest + 1, expected or 0))]
     if expected not in (None, len(found)):
         raise ApartError(f"{spec.path} should have {expected} classes, but has {len(found)}; is it another dataset?")
     return found

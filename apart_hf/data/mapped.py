@@ -39,11 +39,27 @@ class TransformedImages(OfEpoch, torch.utils.data.Dataset):
         workers: int = 0,
     ):
         super().__init__(workers)
+        # of rows, so that one which was read ahead of a checkpoint, and is read again after it, counts once
+        self._bad = torch.zeros(len(split), dtype=torch.bool).share_memory_()
         self.split, self.transform, self.training, self.seed = split, transform, training, seed
         self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def skipped_rows(self) -> list[int]:
+        """Positions of the rows that were passed over since the last `take_skipped`."""
+        return self._bad.nonzero().flatten().tolist()
+
+    def mark_skipped(self, rows: list[int]) -> None:
+        """These were passed over as well."""
+        self._bad[rows] = True
+
+    def take_skipped(self) -> int:
+        """Rows passed over since the last call."""
+        count = int(self._bad.sum())
+        self._bad.zero_()
+        return count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
@@ -62,7 +78,7 @@ class TransformedImages(OfEpoch, torch.utils.data.Dataset):
         except BadImage as error:
             if not self.skip_bad:
                 raise bad_image(self.split.place(index), error) from error
-            self.skip()
+            self._bad[index] = True
             return self._instead(index, error)
 
     def _instead(self, index: int, error: BadImage) -> tuple[Tensor, int]:

@@ -30,6 +30,13 @@ class OfEpoch:
         worker = get_worker_info()
         self._skipped[0 if worker is None else worker.id + 1] += 1
 
+    def skipped_rows(self) -> list[int]:
+        """What a checkpoint within an epoch keeps of the count: nothing, where going on reads it from its start."""
+        return []
+
+    def mark_skipped(self, rows: list[int]) -> None:
+        """The reverse of `skipped_rows`."""
+
     def take_skipped(self) -> int:
         """Images passed over since the last call."""
         count = int(self._skipped.sum())

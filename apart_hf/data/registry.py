@@ -103,4 +103,4 @@ def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
         )
     if name in DATASETS or "/" in name:
         return DatasetSpec(name) if folder is None else DatasetSpec(str(folder), local=True)
-    raise unknown_name("dataset", name, DATASETS)
+    raise unknown_name("dataset", name, DATASETS, "Datasets of the Hub are named user/name.")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import datasets
 import huggingface_hub
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from apart_hf.data.registry import DatasetSpec
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, first_line
 from apart_hf.hub_client import offline_if_unreachable, transport_errors
 
 
@@ -21,21 +23,33 @@ def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | Ite
     Raises: ApartError.
     """
     folder, offline = Path(spec.path), ""
-    if spec.local and not folder.is_dir():
+    if spec.local and not os.path.isdir(folder):  # False for a name that no file can have
         raise ApartError(f"--data-dir {spec.path} does not exist, or is no folder.")
     try:
         if spec.local:
-            if (folder / "dataset_dict.json").exists():
+            if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
                 saved = datasets.load_from_disk(str(folder))
+                if isinstance(saved, Dataset):  # one split, saved by itself
+                    saved = DatasetDict({str(saved.split or "train"): saved})
                 return _streamed(saved) if streaming else saved
             kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
             return datasets.load_dataset(kind, data_dir=str(folder), streaming=streaming)
         with offline_if_unreachable() as offline:
             return datasets.load_dataset(spec.path, spec.config, streaming=streaming)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError, *transport_errors()) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, datasets.exceptions.DatasetsError,
+            *transport_errors()) as error:
         # one line of a message that is often a page long
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if spec.local:
+        reason = first_line(error)
+        if "generating the dataset" in reason and error.__cause__ is not None:
+            reason = first_line(error.__cause__)
+        configs = re.search(r"[Aa]vailable(?: configs)?: (\[.*?\])", str(error))
+        if configs:
+            reason = f"it has several configurations, and {spec.config!r} is none of them" if spec.config else (
+                "it has several configurations")
+            cure = f"name one by --dataset-config: {configs[1]}."
+        elif "scripts are no longer supported" in reason:
+            cure = "use a copy in parquet files, from the Hub or by --data-dir."
+        elif spec.local:
             cure = "it needs parquet files, one folder of images a class, or a save_to_disk folder."
         elif offline:
             reason = f"{offline}, and the cache does not hold it"

@@ -61,7 +61,7 @@ class Split:
         if column.null_count:
             first = column.is_null().to_numpy().argmax()
             raise ApartError(f"split {self.name!r}: {column.null_count} labels are missing, the first at {first}.")
-        found = column.to_numpy()
+        found = column.to_numpy().astype(np.int64)
         return found if self.relabel is None else self.relabel[found]
 
     def cells(self, indices: list[int]) -> list[tuple[dict[str, Any] | None, int]]:

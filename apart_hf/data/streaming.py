@@ -86,8 +86,7 @@ class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
             for cell in stream:
                 position += 1
                 encoded, label = cell[self.split.input_key], cell[self.split.target_key]
-                place = (f"image {position - 1} of split {self.split.name!r}, as read by process {self.process} in "
-                         f"loader process {worker},")
+                place = self._place(position, encoded, worker)
                 self._check_label(label, place)
                 label = label if self.split.relabel is None else int(self.split.relabel[label])
                 try:
@@ -113,6 +112,14 @@ class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
                     f"no image of split {self.split.name!r} can be read by process {self.process} in loader process "
                     f"{worker}: the stream has {stream.num_shards} parts there; use fewer --workers."
                 )
+
+    def _place(self, position: int, encoded: dict | None, worker: int) -> str:
+        """Where an image is, for messages: its index where the stream comes in order, else how many were read."""
+        if self.batches is None and self.processes == 1 and get_worker_info() is None:
+            return self.split.place(position - 1)
+        path = (encoded or {}).get("path")
+        return (f"the {position}. image{f' ({path})' if path else ''} of split {self.split.name!r} that process "
+                f"{self.process} has read in loader process {worker}")
 
     def _check_label(self, label: int | None, place: str) -> None:
         if label is None or not 0 <= label < self.classes:

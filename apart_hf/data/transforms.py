@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config, str_to_interp_mode
 from torchvision import transforms as T
 
 from apart_hf.errors import ApartError
@@ -50,24 +50,26 @@ def train_transform(
         image_size: (width, height) of the dataset's images, in pixels.
         padding: pixels around a small image before its random crop.
         aa, color_jitter, reprob: timm's automatic augmentation, colour jitter and random erasing, after that.
-        interpolation: of larger images; None: that of `config`.
+        interpolation: where images are resized, "random" in turn; None: that of `config`.
 
     Raises: ApartError for a policy that timm does not know.
     """
     size = config["input_size"][-1]
     if aa is not None and not _POLICY.fullmatch(aa):  # timm passes over what it cannot read
         raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.")
+    resizing = interpolation or config["interpolation"]
     try:
         crop, augment, to_tensor = create_transform(
             config["input_size"], is_training=True, color_jitter=color_jitter, auto_augment=aa, re_prob=reprob,
-            interpolation=interpolation or config["interpolation"], mean=config["mean"], std=config["std"],
-            separate=True,
+            re_mode="pixel", interpolation=resizing, mean=config["mean"], std=config["std"], separate=True,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.") from error
     if max(image_size) <= SMALL:
-        # Resize does nothing to an image of that size
-        crop = T.Compose([T.Resize(size), T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip()])
+        # they do nothing to an image of that size
+        modes = ("bilinear", "bicubic") if resizing == "random" else (resizing,)
+        resize = T.RandomChoice([T.Resize(size, str_to_interp_mode(mode)) for mode in modes])
+        crop = T.Compose([resize, T.RandomCrop(size, padding=padding), T.RandomHorizontalFlip()])
     return T.Compose([crop, augment, to_tensor])
 
 
