@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -106,7 +105,7 @@ def _model_kwargs(config: TrainConfig) -> dict[str, Any]:
         key, _, value = pair.partition("=")
         try:
             found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two of too deep a nesting
             found[key] = value
     return found
 
@@ -116,7 +115,7 @@ def load_weights(model: nn.Module, file: str) -> None:
 
     Raises: ApartError where the file cannot be read without running code from it, or belongs to another model.
     """
-    if not Path(file).is_file():
+    if not os.path.isfile(file):  # False for a name that no file can have
         raise ApartError(f"--initial-checkpoint {file}: there is no such file.")
     try:
         state = load_state_dict(file, weights_only=True)

@@ -8,7 +8,6 @@ file. Nothing in it is read as code: weights are safetensors, the rest goes thro
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from apart_hf.export import sha256
+from apart_hf.files import flush
 
 MANIFEST = "manifest.json"
 
@@ -68,6 +68,8 @@ class Checkpoints:
         try:
             stage()
         except (OSError, RuntimeError, SafetensorError) as error:
+            if "DataLoader worker" in str(error):  # torch's watch over loader processes, which raises anywhere
+                raise
             problem = " ".join(str(error).split()) or type(error).__name__
         return next((found for found in gather_object([problem]) if found), None)
 
@@ -88,15 +90,30 @@ class Checkpoints:
         files = [file for file in sorted(temporary.iterdir()) if file.is_file()]
         (temporary / MANIFEST).write_text(json.dumps({file.name: sha256(file) for file in files}, indent=2))
         for path in (*files, temporary / MANIFEST, temporary):
-            _flush(path)
+            flush(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(self.folder)
+        flush(self.folder)
         # later ones are damaged: else this run would have gone on from them
         stay = [folder for folder in self.all() if folder.name <= final.name][-self.keep:]
         for folder in self.all():
             if folder not in stay and folder.name != _name(self.best):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def recover(self) -> None:
+        """To be called before a run goes on: what was written whole but not renamed yet is taken, other remains go."""
+        for temporary in self.folder.glob(".step-*"):
+            final = temporary.with_name(temporary.name[1:])
+            if damage(temporary) is None and damage(final) is not None:
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+            else:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        """That of a step, if there is one."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / _name(step), ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Every checkpoint, oldest first, intact or not."""
@@ -120,6 +137,7 @@ class Checkpoints:
     def restore(self, folder: Path) -> None:
         """Weights, optimizer and scaler as they were."""
         self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # batches since the last optimizer step: checkpoints are written at its end
 
 
 def _name(step: int | None) -> str | None:
@@ -162,12 +180,3 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a rename never precedes what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from apart_hf.config import HYPER_PARAMETERS, TrainConfig
 from apart_hf.config_file import read_config
 from apart_hf.errors import ApartError, OneProcessError, one_line
+from apart_hf.output import forgiving_output
 from apart_hf.recipes import recipe
 from apart_hf.runtime import rank
 
@@ -41,7 +42,8 @@ def run_command(command: Callable[[str], object]) -> None:
     """
     prog = Path(sys.argv[0]).name
     try:
-        command(prog)
+        with forgiving_output():
+            command(prog)
     except ApartError as error:
         if rank() == 0 or isinstance(error, OneProcessError):
             process = f"process {rank()}: " if rank() else ""

@@ -61,7 +61,7 @@ class TrainConfig:
         "pickled code); a classifier of another size is left out", metavar="FILE"
     )
     channels_last: bool = _flag("model", "keep activations in channels_last memory format")
-    drop: float = _float(0.0, "model", "dropout before the classifier; drawn anew in the second pass")
+    drop: float = _float(0.0, "model", "dropout, where the model has it; drawn anew in the second pass")
     drop_path: float = _float(0.0, "model", "stochastic depth; drawn anew in the second pass")
     grad_checkpointing: bool = _flag("model", "recompute activations in the backward, to save memory")
     torchcompile: bool = _flag("model", "compile the model by torch.compile")
@@ -85,6 +85,7 @@ class TrainConfig:
         "demo", "data", f"{', '.join(DATASETS)}, or a Hub id user/name; demo is a small part of Fashion-MNIST",
         metavar="NAME",
     )
+    dataset_config: str | None = _text(None, "data", "configuration of a Hub dataset [its only one]", metavar="NAME")
     data_dir: str | None = _text(
         None, "data", "local folder instead: parquet files, a folder of images a class, or save_to_disk", metavar="DIR"
     )
@@ -122,7 +123,7 @@ class TrainConfig:
         None, "data", "black pixels around a small image before its random crop in training; 0: no crop [4; demo: 0]"
     )
     interpolation: str | None = _text(
-        None, "data", "how images are resized; random: in training only [the model's]",
+        None, "data", "how images are resized; random: in training, bilinear or bicubic by chance [the model's]",
         choices=("bilinear", "bicubic", "nearest", "random"),
     )
     crop_pct: float | None = _float(None, "data", "share of the resized edge that evaluation sees [the model's]")
@@ -156,7 +157,10 @@ class TrainConfig:
         None, "optimisation", "learning rate for --lr-base-size images a step; --lr becomes it in proportion"
     )
     lr_base_size: int = _int(256, "optimisation", "images a step that --lr-base is meant for")
-    lr_base_scale: str = _text("linear", "optimisation", "how --lr grows with the batch", choices=("linear", "sqrt"))
+    lr_base_scale: str | None = _text(
+        None, "optimisation", "how --lr grows with the batch [sqrt for ada* and lamb optimizers, else linear]",
+        choices=("linear", "sqrt"),
+    )
     momentum: float = _float(0.9, "optimisation", "SGD momentum")
     weight_decay: float | None = _float(None, "optimisation", "on all parameters [0.0005, the paper's; demo: 0.005]")
     sched: str | None = _text(
@@ -285,7 +289,7 @@ class TrainConfig:
         if text is None:
             return None, None
         number = text.removesuffix("m")
-        if not number.isascii() or not number.isdigit() or int(number) < 1:
+        if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) < 1:
             raise ApartError(f"--checkpoint-every {text!r}: a number of steps, such as 500, or of minutes: 10m.")
         return (int(number), None) if number == text else (None, 60.0 * int(number))
 

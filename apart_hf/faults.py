@@ -46,6 +46,8 @@ def out_of_memory(error: Exception, config: TrainConfig, more: str = "") -> Apar
 
 def explained(error: Exception, config: TrainConfig, run: RunFolder, trainer: Trainer) -> Exception:
     """What to tell the user of an error in training: itself, or one line in its place."""
+    if isinstance(error, NonFinite) and error.state_is_useless:
+        run.checkpoints.remove(trainer.steps)
     text, (kept, _) = str(error), run.checkpoints.newest()
     last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
     go_on = "; to go on from it: --resume auto" if kept else ""

@@ -11,6 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from apart_hf.plots import plain
+
 Rows = list[dict[str, Any]]
 MARKERS, LINES = "os^DvPX*", ["-", "--", "-.", ":"]
 
@@ -27,7 +29,7 @@ def plot_attack(rows: Rows, path: Path, title: str) -> None:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     _draw(axes, rows, lambda row: f"{names[row['perturbation']]}, n = {row['groups']}")
-    axes.set_title(f"{rows[0]['model']}\n{title}", fontsize=10, wrap=True)
+    axes.set_title(plain(f"{rows[0]['model']}\n{title}"), fontsize=10, wrap=True)
     axes.set(xlabel="perturbation radius ε (share of batch mean and scale)",
              ylabel="training accuracy (%)")
     axes.legend()
@@ -43,10 +45,10 @@ def plot_robustness(rows: Rows, path: Path, title: str) -> None:
         title: of the figure.
     """
     figure = Figure(figsize=(9, 4.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, statistic in zip(panels, ("mean", "std")):
-        _draw(axes, [row for row in rows if row["statistic"] == statistic], lambda row: row["model"])
+        _draw(axes, [row for row in rows if row["statistic"] == statistic], lambda row: plain(row["model"]))
         axes.set(title=f"running {statistic} times 1 ± ε", xlabel="perturbation radius ε (relative)")
         axes.tick_params(labelleft=True)
     panels[0].set(ylabel="test accuracy (%)")

@@ -13,14 +13,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from apart_hf.errors import ApartError
 from apart_hf.runtime import from_main_process
+from apart_hf.signals import SIGNALS
 
 if TYPE_CHECKING:
     from apart_hf.run_folder import RunFolder
     from apart_hf.trainer import Trainer
 
 EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
 
 class Interrupted(Exception):
@@ -51,10 +52,14 @@ def noticing_lost_processes() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether any process of the run was asked to stop."""
+    """Whether any process of the run was asked to stop.
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.name = accelerator, ""
+    Args:
+        accelerator: of the run; None: there is none yet.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self.accelerator, self.name, self.patient, self.at_once = accelerator, "", False, False
 
     def __bool__(self) -> bool:
         """Asked of all processes at the same step, so that they stop together."""
@@ -65,11 +70,17 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, the first signal is noted and the second one has its usual effect."""
+        """Within, the first signal is noted and the second one has its usual effect.
+
+        Raises: Interrupted at once where nobody waits for the end of a step, see `noting`.
+        """
         def note(number: int, frame) -> None:
             self.name = signal.Signals(number).name
             for one, usual in before.items():
                 signal.signal(one, signal.SIG_DFL if one is not signal.SIGINT else usual)
+            if not self.patient:
+                self.at_once = True
+                raise KeyboardInterrupt  # which libraries let through
 
         try:
             before = {number: signal.signal(number, note) for number in SIGNALS}
@@ -78,9 +89,22 @@ class StopRequest:
             return
         try:
             yield
+        except KeyboardInterrupt:
+            if not self.at_once:
+                raise
+            raise Interrupted(f"stopped by {self.name} between training steps.") from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Within, a signal is only noted: the run asks at the end of each step."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
 
 
 class Schedule:
@@ -123,7 +147,9 @@ class Schedule:
         due = time.monotonic() - self.last >= self.seconds
         return broadcast_object_list([due])[0]  # the clock of one process counts
 
-    def _interrupted(self) -> Interrupted:
+    def _interrupted(self) -> Exception:
         kept, _ = from_main_process(self.run.accelerator, self.run.checkpoints.newest)
         name = self.stop.name or "a signal to another process"
+        if kept is None:
+            return ApartError(f"stopped by {name} after step {self.trainer.steps}, and no checkpoint could be written.")
         return Interrupted(f"stopped by {name} after step {self.trainer.steps}; the last checkpoint is {kept}.")

@@ -20,7 +20,12 @@ PATIENCE = 100  # steps in a row without a usable one, after which a run ends
 
 
 class NonFinite(ApartError):
-    """Training cannot go on from here; the message says at which step, and where the first such value is."""
+    """Training cannot go on from here; the message says at which step, and where the first such value is.
+
+    `state_is_useless`: a checkpoint of this step would only end here again.
+    """
+
+    state_is_useless = False
 
 
 class Guard:
@@ -104,7 +109,9 @@ class Guard:
     def check_evaluation(self, step: int, loss: float) -> None:
         """Raises: NonFinite where the network's weights are finite, but of no use."""
         if not math.isfinite(loss):
-            raise NonFinite(f"after step {step}, at learning rate {self._lr():g}, the evaluation's loss is {loss:g}.")
+            found = NonFinite(f"after step {step}, at learning rate {self._lr():g}, the evaluation's loss is {loss:g}.")
+            found.state_is_useless = True
+            raise found
 
     def check_epoch(self, step: int, seen: float) -> None:
         """Raises: NonFinite where no sample of an epoch was `seen` in a step that was made."""

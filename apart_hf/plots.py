@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from apart_hf.results import Difference
 
 
+def plain(text: str) -> str:
+    """Text that a figure shows as it is: a dollar sign would begin mathematics."""
+    return text.replace("$", r"\$")
+
+
 def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss and top-1 accuracy by epoch, of training and evaluation, as PNG.
 
@@ -23,7 +28,7 @@ def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None
         title: of the figure.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     panels = [
         ("loss", [("training", "train_loss", "--o"), ("evaluation", "eval_loss", "-s")]),
         ("top-1 accuracy (%)", [("training", "train_top1", "--o"), ("evaluation", "top1", "-s")]),

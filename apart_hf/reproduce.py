@@ -20,10 +20,11 @@ from apart_hf.data import load_image_data
 from apart_hf.data.fingerprint import fingerprint
 from apart_hf.data.reduced import reduce_data
 from apart_hf.errors import ApartError
-from apart_hf.interruption import EXIT_CODE, SIGNALS
+from apart_hf.interruption import EXIT_CODE
 from apart_hf.plots import plot_gains
 from apart_hf.results import Difference, Line, add_result, read_results, render
 from apart_hf.runtime import device_name, versions
+from apart_hf.signals import SIGNALS
 from apart_hf.table_runs import Run, changed, check_together, flags_of, is_published, make_run, setting, unknown_rows
 from apart_hf.tables import ROWS, SCALES, TABLES, Published, chosen_rows
 from apart_hf.train import data_settings

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
+from apart_hf.data import ImageData
 from apart_hf.errors import ApartError
 
 # what may differ between a run and its resumption: where and how it runs, not what it computes
@@ -18,6 +18,8 @@ FREE = {
     "data_dir", "recipe",
     "on_nonfinite",  # to go on after such a step, or before, from where both do the same
 }
+# what the state of a checkpoint, or best/, is of
+FIXED = {"model", "model_kwargs", "opt", "model_ema", "eval_metric", "num_classes"}
 
 
 def lock(folder: Path) -> IO[str]:
@@ -44,20 +46,34 @@ def lock(folder: Path) -> IO[str]:
     return file
 
 
-def check_unchanged(folder: Path, settings: dict[str, Any], override: bool) -> None:
-    """Raise ApartError, naming all that differ, where the run in `folder` was started with other settings."""
-    try:
-        before = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ApartError(f"{folder}/config.yaml cannot be read; --resume needs it.") from error
-    changed = [
-        f"{key} (was {before.get(key)}, now {value})" for key, value in settings.items()
-        if key not in FREE and before.get(key) != value
-    ]
+def check_unchanged(folder: Path, before: dict[str, Any], settings: dict[str, Any], override: bool) -> None:
+    """Raise ApartError, naming all that differ, where a checkpoint is of other settings.
+
+    Args:
+        folder: of the run.
+        before: settings of the checkpoint.
+        settings: those of now.
+        override: take the new ones where a run can go on with them.
+    """
+    free = FREE - {"workers"} if settings["streaming"] else FREE  # they share the stream out
+    changed = {key: f"{key} (was {before.get(key)}, now {value})" for key, value in settings.items()
+               if key not in free and before.get(key) != value}
     if changed and not override:
-        raise ApartError(
-            f"{folder} was started with other settings: {', '.join(changed)}; name them as before, or add --override."
-        )
+        raise ApartError(f"{folder} was started with other settings: {', '.join(changed.values())}; name them as "
+                         "before, or add --override.")
+    fixed = [words for key, words in changed.items() if key in FIXED]
+    if fixed:
+        raise ApartError(f"{folder} cannot go on with {', '.join(fixed)}, also not by --override; name them as before, "
+                         "or start anew with another --experiment.")
+
+
+def data_digest(data: ImageData) -> str:
+    """Which images a run is of, as far as labels and numbers of them tell without reading any."""
+    found = hashlib.sha256(repr(data.class_names).encode())
+    for split in (data.train, data.val, data.test):
+        if split is not None:
+            found.update(repr(split.size).encode() if split.streamed else split.labels().astype("<i8").tobytes())
+    return found.hexdigest()[:16]
 
 
 def place(shared: dict[str, Any], images: tuple[int, int]) -> int:

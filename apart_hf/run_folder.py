@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,8 +21,10 @@ from apart_hf.config_file import write_config
 from apart_hf.data import ImageData, Split
 from apart_hf.errors import ApartError
 from apart_hf.export import copy_folder, export_folder, update_record
+from apart_hf.files import write_whole, writing
 from apart_hf.plots import plot_training
-from apart_hf.resume import check_unchanged, lock, place
+from apart_hf.resume import check_unchanged, data_digest, lock, place
+from apart_hf.run_place import make_folder
 from apart_hf.runtime import from_main_process
 from apart_hf.trainer import Trainer
 
@@ -52,11 +53,12 @@ class RunFolder:
     ):
         self.images, self.data, self.record, self.accelerator = images, data, record, accelerator
         self.history: list[dict[str, float]] = []
-        self.folder = from_main_process(accelerator, lambda: _make_folder(config))
+        self.folder, self._new = from_main_process(accelerator, lambda: make_folder(config))
         self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", accelerator, keep=config.checkpoint_hist)
-        settings = dataclasses.asdict(config)
-        self.checkpoint, problems = from_main_process(accelerator, lambda: self._open(settings))
+        self.settings = settings = dataclasses.asdict(config)
+        self.digest = data_digest(data)
+        self.checkpoint, problems = from_main_process(accelerator, self._open)
         for problem in problems:
             accelerator.print(f"checkpoint {problem}")
         if config.report_to:
@@ -64,28 +66,39 @@ class RunFolder:
             scalars = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
             accelerator.init_trackers("trackers", config=scalars)
 
-    def _open(self, settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """Lock the folder, and check or write its settings. Returns: see `Checkpoints.newest`."""
-        self._lock = lock(self.folder)
-        checkpoint, problems = self.checkpoints.newest()
-        if checkpoint is not None:
-            check_unchanged(self.folder, settings, self.config.override)
-        else:
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        (self.folder / "config.yaml").write_text(write_config(settings))
-        (self.folder / "plots").mkdir(exist_ok=True)
+    def _open(self) -> tuple[Path | None, list[str]]:
+        """Lock the folder and look what is there. Returns: see `Checkpoints.newest`."""
+        with writing(self.folder):
+            self._lock = lock(self.folder)
+            self.checkpoints.recover()
+            checkpoint, problems = self.checkpoints.newest()
+            if checkpoint is None:
+                for name in ("metrics.jsonl", "test.json"):
+                    (self.folder / name).unlink(missing_ok=True)
+                self._write_settings()
+            (self.folder / "plots").mkdir(exist_ok=True)
         return checkpoint, problems
+
+    def _write_settings(self) -> None:
+        write_whole(self.folder / "config.yaml", write_config(self.settings))
 
     def restore(self, trainer: Trainer) -> bool:
         """Bring `trainer` to where the checkpoint is; whether anything is left to do.
 
         With `override` the optimizer's settings and the schedule are the new ones.
 
-        Raises: ApartError where the checkpoint is of another number of processes, or its place cannot be found again.
+        Raises: ApartError where the checkpoint is of other settings, of other data or of another number of processes,
+            or its place cannot be found again. Then nothing was changed.
         """
         if self.checkpoint is None:
             return True
         shared, own = self.checkpoints.read(self.checkpoint)
+        check_unchanged(self.folder, shared["settings"], self.settings, self.config.override)
+        if shared["data"] != self.digest:
+            raise ApartError(
+                f"{self.checkpoint} is of other data: their labels or numbers differ; give the same --data-dir and "
+                "splits, or start anew with another --experiment."
+            )
         if shared["processes"] != self.accelerator.num_processes:
             raise ApartError(
                 f"{self.checkpoint} is of {shared['processes']} process(es), and {self.accelerator.num_processes} were "
@@ -100,23 +113,33 @@ class RunFolder:
                 group.update(settings)
         trainer.load_state(shared, own)
         self.history, self.checkpoints.best = shared["history"], shared["best"]
-        if self.accelerator.is_main_process:  # without what was recorded after the checkpoint
-            new = self.folder / ".metrics.jsonl"
-            new.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-            new.replace(self.folder / "metrics.jsonl")
         done = trainer.epoch >= self.config.epochs or (  # within an epoch its evaluation is still to come
             trainer.batch == 0 and trainer.has_made(self.config.max_steps)
         )
-        return not done or (self.data.test is not None and not (self.folder / "test.json").exists())
+        tested = from_main_process(self.accelerator, lambda: self._go_on(done))
+        return not done or (self.data.test is not None and not tested)
+
+    def _go_on(self, done: bool) -> bool:
+        """Bring the files to where the checkpoint is; whether the test split has been looked at."""
+        with writing(self.folder):
+            lines = "".join(json.dumps(line) + "\n" for line in self.history)
+            write_whole(self.folder / "metrics.jsonl", lines)  # without what was recorded later
+            self._write_settings()
+            if not done:
+                (self.folder / "test.json").unlink(missing_ok=True)
+            return (self.folder / "test.json").exists()
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint; where that fails, say so and go on."""
         shared, own = trainer.state()
+        best = self.checkpoints.best
         if trainer.batch == 0 and self._best() is self.history[-1]:  # the end of the best epoch so far
             self.checkpoints.best = trainer.steps
-        shared |= {"history": self.history, "best": self.checkpoints.best, "images": self._images_a_batch()}
+        shared |= {"history": self.history, "best": self.checkpoints.best, "images": self._images_a_batch(),
+                   "settings": self.settings, "data": self.digest}
         problem = self.checkpoints.save(trainer.steps, shared, own)
         if problem is not None:
+            self.checkpoints.best = best
             kept, _ = from_main_process(self.accelerator, self.checkpoints.newest)
             stays = f"{kept.name} stays" if kept else "there is none yet"
             self.accelerator.print(
@@ -154,13 +177,8 @@ class RunFolder:
                 f"training, {metrics.get('eval_skipped', 0)} left out of the evaluation", flush=True
             )
         if self.accelerator.is_main_process:
-            try:
+            with writing(self.folder):
                 self._write(metrics, model)
-            except (OSError, SafetensorError) as error:
-                raise ApartError(
-                    f"cannot write {self.folder} ({' '.join(str(error).split())}); make room there, then go on from "
-                    "the last checkpoint by --resume auto."
-                ) from error
 
     def _write(self, metrics: dict[str, float], model: nn.Module) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -196,12 +214,16 @@ class RunFolder:
                 f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
                 + (f"; {found['eval_skipped']} bad images left out" if found.get("eval_skipped") else "")
             )
-        if self.accelerator.is_main_process:
-            (self.folder / "test.json").write_text(json.dumps(results, indent=2) + "\n")
+        from_main_process(self.accelerator, lambda: self._record_test(results))
+        return results["last"]
+
+    def _record_test(self, results: dict[str, Any]) -> None:
+        with writing(self.folder):
             for name in ("last", "best"):
                 claim = _claim(results[name], self.data.test, results[name].get("eval_skipped", 0))
                 update_record(self.folder / name, results={"split": self.data.test.name, **claim})
-        return results["last"]
+            # last: it says that all is done
+            write_whole(self.folder / "test.json", json.dumps(results, indent=2) + "\n")
 
     def _results(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What is claimed of weights: the evaluation after their epoch."""
@@ -218,9 +240,8 @@ class RunFolder:
         return max((line for line in reversed(self.history) if metric in line), key=rank, default=None)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder of a run refused before its first epoch or checkpoint, unless earlier weights are there."""
-        used = self.history or self.checkpoints.all() or (self.folder / "last").exists()
-        if self.accelerator.is_main_process and not used:
+        """Remove the folder that this run has made, where it ends before its first epoch or checkpoint."""
+        if self.accelerator.is_main_process and self._new and not self.history and not self.checkpoints.all():
             shutil.rmtree(self.folder)
 
 
@@ -229,36 +250,3 @@ def _claim(metrics: dict[str, float], split: Split, skipped: int) -> dict[str, A
     found = {key: metrics[key] for key in ("epoch", "top1", "top5", "eval_loss")}
     images = {} if split.size is None else {"images": len(split) - skipped}
     return found | images | ({"skipped": skipped} if skipped else {})
-
-
-def _make_folder(config: TrainConfig) -> Path:
-    folder = Path(config.output) / (config.experiment or _name(config))
-    if config.resume not in (None, "auto"):
-        folder = Path(config.resume)
-        if not (folder / "checkpoints").is_dir():
-            raise ApartError(f"--resume {folder}: there is no checkpoint; name a run's folder, or use --resume auto.")
-    elif config.resume is None and config.experiment is None:
-        folder = _free(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=config.resume is not None)
-    except FileExistsError as error:
-        raise ApartError(
-            f"{folder} exists already; choose another --experiment or --output, or go on with it by --resume."
-        ) from error
-    except (OSError, ValueError) as error:  # a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise ApartError(f"cannot write {folder}: {reason}; choose another --output.") from error
-    return folder
-
-
-def _name(config: TrainConfig) -> str:
-    return "-".join(part.replace("/", "_") for part in (config.dataset_name, config.model, config.method))
-
-
-def _free(folder: Path) -> Path:
-    """The folder, numbered where such a run is there already."""
-    taken, number = folder, 1
-    while taken.exists():
-        number += 1
-        taken = folder.with_name(f"{folder.name}-{number}")
-    return taken

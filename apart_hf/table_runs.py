@@ -18,8 +18,8 @@ from apart_hf.strategies import METHODS
 from apart_hf.tables import ROWS, SCALES, recipe_name
 
 # what a table's row, seed and scale say, or what would take results from other images
-_OWN = ("seed", "recipe", "config", "method", "budget", "dataset", "data_dir", "output", "experiment", "resume",
-        "override", "print_config", "val_fraction", "streaming", "push_to_hub", "on_bad_image")
+_OWN = ("seed", "recipe", "config", "method", "budget", "dataset", "dataset_config", "data_dir", "output", "experiment",
+        "resume", "override", "print_config", "val_fraction", "streaming", "push_to_hub", "on_bad_image")
 # what changes how a result is computed, but not what is computed
 _HOW = {"amp", "amp_dtype", "channels_last", "torchcompile", "loader", "val_interval", "grad_checkpointing",
         "validation_batch_size", "sync_bn", "eval_metric", "on_nonfinite"}

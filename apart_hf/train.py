@@ -63,23 +63,24 @@ def train(config: TrainConfig) -> Path:
     """
     check_names(config)
     config = settle(config)
+    stop = StopRequest()
     try:
-        return _train(config)
+        with stop.listening():
+            return _train(config, stop)
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error, config) from error
         raise
 
 
-def _train(config: TrainConfig) -> Path:
-    accelerator = make_accelerator(config)
+def _train(config: TrainConfig, stop: StopRequest) -> Path:
+    accelerator = stop.accelerator = make_accelerator(config)
     if config.push_to_hub is not None:
         from_main_process(accelerator, lambda: bool(check_access(config.push_to_hub)))
     threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     set_seed(config.seed)
 
-    with accelerator.main_process_first():  # one process fills the cache
-        data = load_image_data(data_settings(config))
+    data = _load(config, accelerator)
     config = resolve(config, data, accelerator, threads)
     model, images = make_model(config, data)
     ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
@@ -131,10 +132,9 @@ def _train(config: TrainConfig) -> Path:
         return run.folder
     if run.checkpoint is not None:
         say(f"resumed from {run.checkpoint}: epoch {trainer.epoch + 1}, {trainer.batch} batches in.")
-    stop = StopRequest(accelerator)
     trainer.after_step = Schedule(config.checkpoint_interval, run, trainer, stop)
     try:
-        with stop.listening():
+        with stop.noting():
             for metrics in trainer.fit(config.epochs, config.max_steps):
                 run.add(metrics, trainer.evaluated)
                 run.save(trainer)
@@ -152,6 +152,13 @@ def _train(config: TrainConfig) -> Path:
         f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
     _push(config, run.folder, accelerator)
     return run.folder
+
+
+def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
+    """The data, of which one process fills the cache; where it cannot, all say why."""
+    loaded = []
+    from_main_process(accelerator, lambda: loaded.append(load_image_data(data_settings(config))))
+    return loaded[0] if loaded else load_image_data(data_settings(config))
 
 
 def _push(config: TrainConfig, folder: Path, accelerator: Accelerator) -> None:

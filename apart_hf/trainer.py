@@ -195,10 +195,15 @@ class Trainer:
             loader = self.accelerator.skip_first_batches(loader, self.batch)
             loader.set_epoch(self.epoch)
         for batch in loader:
-            if self.random is not None:  # making the loader drew from them
-                set_random_state(self.random)
-                self.random = None
+            self._restore_random()
             yield batch
+        self._restore_random()  # no batch was left
+
+    def _restore_random(self) -> None:
+        """The random numbers of a checkpoint within an epoch: making the loader drew from them."""
+        if self.random is not None:
+            set_random_state(self.random)
+            self.random = None
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What Accelerate does not keep: (of all processes, of this one).
@@ -212,7 +217,8 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.state_dict(), "guard": self.guard.state_dict(),
         }
         totals = None if self.totals is None else self.totals.cpu()
-        return shared, {"totals": totals, "strategy": self.strategy.state_dict()}
+        skipped = self.train_loader.dataset.skipped_rows() if self.skip_bad else []
+        return shared, {"totals": totals, "strategy": self.strategy.state_dict(), "skipped": skipped}
 
     def load_state(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         """The reverse of `state`, with the random numbers of `own`."""
@@ -224,6 +230,8 @@ class Trainer:
         self.guard.load_state_dict(shared["guard"])
         self.strategy.load_state_dict(own["strategy"])
         self.totals = None if own["totals"] is None else own["totals"].to(self.accelerator.device)
+        if self.skip_bad:
+            self.train_loader.dataset.mark_skipped(own["skipped"] if self.batch else [])
         self.random = own["random"] if self.batch else None
         set_random_state(own["random"])
 
