@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
 
-def outlive_first_signal(worker: int) -> None:
-    """For loader processes: launchers signal a whole group, and the run still needs its loaders to finish its step.
+def in_a_group_of_its_own(worker: int) -> None:
+    """For loader processes: launchers and terminals signal a whole group, and the run needs them to finish its step.
 
-    They end with the run; a second signal ends them at once.
+    They end with the run, which tells them to.
     """
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    os.setpgrp()

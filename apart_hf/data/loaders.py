@@ -18,7 +18,7 @@ from apart_hf.data.splits import Split
 from apart_hf.data.streaming import StreamedImages
 from apart_hf.data.transforms import SMALL, eval_transform, train_transform
 from apart_hf.errors import ApartError
-from apart_hf.signals import outlive_first_signal
+from apart_hf.signals import in_a_group_of_its_own
 
 LOADERS = ("auto", "memory", "workers")
 
@@ -169,7 +169,7 @@ class Loaders:
     def _processes(self, workers: int) -> dict[str, Any]:
         return {
             "num_workers": workers, "persistent_workers": workers > 0,
-            "worker_init_fn": outlive_first_signal if workers else None,
+            "worker_init_fn": in_a_group_of_its_own if workers else None,
             "pin_memory": self.accelerator.device.type == "cuda",
         }
 
