@@ -140,8 +140,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path:
                 run.save(trainer)
                 trainer.after_step.check()
     except Exception as error:
-        run.discard_if_empty()
-        told = explained(error, config, run, trainer)
+        told = _told(error, config, run, trainer)
         if told is error:
             raise
         raise told from error
@@ -152,6 +151,17 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path:
         f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)")
     _push(config, run.folder, accelerator)
     return run.folder
+
+
+def _told(error: Exception, config: TrainConfig, run: RunFolder, trainer: Trainer) -> Exception:
+    """See `explained`. torch's watch over loader processes may interrupt that, too."""
+    while True:
+        try:
+            run.discard_if_empty()
+            return explained(error, config, run, trainer)
+        except RuntimeError as again:
+            if "DataLoader worker" not in str(again):
+                raise
 
 
 def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:

@@ -93,6 +93,7 @@ def test_a_loader_process_is_killed(checkpointed, little, tmp_path):
     loader.kill()
     _, error = process.communicate(timeout=100)
     # the thread of multiprocessing that feeds the lost process may have its own say while Python shuts down
+    assert "is gone after step" in error, (process.returncode, error)
     (said,) = [line for line in error.splitlines() if f"loader process {loader.pid} is gone after step " in line]
     assert "fewer than --workers 1, or --loader memory" in said
     if checkpointed:
