@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apart_hf.config_checks import check_values
 from apart_hf.data import DATASETS, LOADERS, ON_BAD_IMAGE
 from apart_hf.errors import ApartError
 from apart_hf.nonfinite import ON_NONFINITE
@@ -34,7 +35,6 @@ def _text(default, group, help, **more):
 
 
 EVAL_METRICS = ("top1", "top5", "eval_loss")
-FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest: what training can compute with
 HYPER_PARAMETERS = sorted({key for method in METHODS.values() for key in method.hyper_parameters()})
 _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
@@ -213,71 +213,9 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        limits = {
-            "epochs": 1, "max_steps": 1, "batch_size": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0,
-            "clip_grad": 0, "mixup": 0, "smoothing": 0, "workers": 0, "threads": 1, "img_size": 1, "log_interval": 1,
-            "seed": 0, "cutmix": 0, "color_jitter": 0, "reprob": 0, "drop": 0, "drop_path": 0, "every": 1,
-            "grad_accum_steps": 1, "expect_processes": 1, "model_ema_decay": 0,
-            "min_lr": 0, "warmup_lr": 0, "validation_batch_size": 1, "shuffle_buffer": 1, "train_num_samples": 1,
-            "lr_base": 0, "lr_base_size": 1, "checkpoint_hist": 1, "padding": 0, "val_interval": 1,
-        }
-        for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):  # NaN is refused too
-                raise ApartError(f"--{name.replace('_', '-')} {value}: must be a finite number of at least {least}.")
-            most = {"seed": 2**32 - 2, "workers": 256, "threads": 1024}.get(name, 2**31 - 1)
-            if isinstance(value, int) and value > most:
-                raise ApartError(f"--{name.replace('_', '-')} {value}: must be at most {most}.")
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, list) else [value]:
-                size = abs(number) if isinstance(number, float) else 0.0
-                if 0 < size < FLOAT32[0] or FLOAT32[1] < size < float("inf"):
-                    raise ApartError(
-                        f"--{name.replace('_', '-')} {number:g}: training computes in float32, which has numbers from "
-                        "1.2e-38 to 3.4e38; take one of them."
-                    )
         if self.log_wandb and "wandb" not in (self.report_to or ()):
             self.report_to = [*(self.report_to or ()), "wandb"]
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ApartError(f"ratio={self.ratio}: N/M, the share of the batch in the second pass, is in (0, 1].")
-        if self.budget is not None and not 0 < self.budget < float("inf"):
-            raise ApartError(f"--budget {self.budget}: must be a finite number above 0.")
-        if self.clip_grad == 0:
-            raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
-        if any(not 1 <= milestone < 2**31 for milestone in self.decay_milestones or ()):
-            raise ApartError(f"--decay-milestones {self.decay_milestones}: epochs are counted from 1.")
-        for name, common in (("smoothing", 0.1), ("drop", 0.2), ("drop_path", 0.1), ("model_ema_decay", 0.9998)):
-            if getattr(self, name) >= 1:
-                raise ApartError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be below 1 ({common} is common)."
-                )
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise ApartError(f"--val-fraction {self.val_fraction}: a share between 0 and 1 (0.1 is common).")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ApartError(f"--crop-pct {self.crop_pct}: a share of the edge, above 0 and at most 1.")
-        if any(not 0 < value < float("inf") for value in self.std or ()):
-            raise ApartError(f"--std {self.std}: must be finite numbers above 0.")
-        if self.train_num_samples is not None and not self.streaming:
-            raise ApartError("--train-num-samples is the length of a stream; add --streaming, or leave it out.")
-        if self.val_fraction is not None and self.streaming:
-            raise ApartError("--val-fraction needs the whole training split, which a stream is not; drop one flag.")
-        if self.input_size is not None:
-            channels, height, width = self.input_size
-            if channels != 3 or height != width or self.img_size not in (None, height):
-                size = " ".join(map(str, self.input_size))
-                raise ApartError(f"--input-size {size}: images here are square RGB, 3 N N, with N as in --img-size.")
-        for pair in self.model_kwargs or ():
-            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
-                raise ApartError(f"--model-kwargs {pair!r}: needs KEY=VALUE, for instance drop_block_rate=0.1.")
-        self.checkpoint_interval  # noqa: B018  raises where it cannot be read
-        if self.aa is not None and self.color_jitter:
-            raise ApartError("--aa and --color-jitter exclude each other in timm; leave one of them out.")
-        if self.reprob > 1:
-            raise ApartError(f"--reprob {self.reprob}: a probability is at most 1 (0.25 is common).")
-        if (self.mixup or self.cutmix) and (self.batch_size or 2) % 2:
-            raise ApartError(f"mixup and cutmix mix pairs; --batch-size {self.batch_size} is odd, take an even one.")
-        if self.experiment is not None and (self.experiment == ".." or Path(self.experiment).name != self.experiment):
-            raise ApartError(f"--experiment {self.experiment!r}: must be a plain folder name; its parent is --output.")
+        check_values(self)
 
     @property
     def checkpoint_interval(self) -> tuple[int | None, float | None]:

@@ -62,7 +62,7 @@ def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: st
         axes.errorbar(cost + 0.035 * beside, gain.mean, gain.half_width, marker=marker, capsize=3, linestyle="none",
                       label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="cost (passes over the data, plain training = 1)", title=title,
+    axes.set(xlabel="cost (passes over the data, plain training = 1; equal costs stand side by side)", title=title,
              ylabel="gain in top-1 accuracy over plain training (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")

@@ -80,6 +80,7 @@ from tests.helpers import FAST, ROOT, run
     (["--model-kwargs", "act_layer=foo"], "cannot create model 'test_resnet'"),
     (["--model-kwargs", "features_only=True"], "does not give one value for each of the 10 classes"),
     (["--train-num-samples", "32"], "add --streaming"), (["--crop-pct", "0"], "--crop-pct 0.0"),
+    (["--mean", "nan", "0", "0"], "--mean .nan, 0.0, 0.0.: must be finite"),
     (["--std", "0", "1", "1"], r"--std .0.0, 1.0, 1.0."), (["--checkpoint-every", "5x"], "--checkpoint-every '5x'"),
     (["--resume", "/nowhere"], "--resume /nowhere: there is no checkpoint"),
     (["--log-wandb"], "--report-to wandb: not installed"),

@@ -190,6 +190,28 @@ def test_data_that_cannot_be_trained_on(parquet, splits, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind, message", [
+    (Value("string"), r"no class label column: .*label \(string\); make one .*class_encode_column"),
+    (Value("bool"), "class_encode_column"),
+    (Value("binary"), r"no image column: .*image \(binary\).*; make one .*cast_column"),
+])
+def test_columns_of_another_type_are_told_how_to_become_one(kind, message, parquet):
+    values = {"string": "cat", "bool": True, "binary": b"no image"}
+    column = "image" if kind.dtype == "binary" else "label"
+    rows = split().remove_columns(column).add_column(column, [values[kind.dtype]] * 6, feature=kind)
+    with pytest.raises(ApartError, match=message) as error:
+        load(data_dir=parquet(train=rows, test=rows))
+    assert "--target-key" not in str(error.value) and "--input-key" not in str(error.value)
+
+
+def test_an_integer_column_of_another_name_is_taken_where_it_is_named(parquet):
+    rows = split(names=(), labels=[0, 1] * 3, label="y")
+    folder = parquet(train=rows, test=rows)
+    with pytest.raises(ApartError, match=r"y \(int64\); name one with --target-key"):
+        load(data_dir=folder)
+    assert load(data_dir=folder, target_key="y").train.labels().tolist() == list(rows["y"])
+
+
 def test_classes_that_differ_between_the_splits(tmp_path):
     DatasetDict(train=split(), test=split(names=("dog", "cat"))).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ApartError, match="another order"):
@@ -201,7 +223,7 @@ def test_sources_that_do_not_exist(tmp_path):
         load(data_dir=str(tmp_path / "nowhere"))
     with pytest.raises(ApartError, match="data/nowhere does not exist"):
         load(data_dir="data/nowhere")  # a folder is never taken for a Hub id
-    with pytest.raises(ApartError, match=r"cannot load .*; it needs parquet files"):
+    with pytest.raises(ApartError, match=r"cannot load .*; it needs whole parquet files"):
         load(data_dir=str(tmp_path))
     with pytest.raises(ApartError, match="unknown dataset 'cifar-100': did you mean 'cifar100'"):
         load("cifar-100")

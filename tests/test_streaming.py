@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -17,6 +19,7 @@ from apart_hf.data import Loaders, LoaderSettings
 from apart_hf.data.streaming import StreamedImages
 from apart_hf.train import train
 from tests.helpers import ROOT, load, run
+from tests.runs import TRAIN
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic",
           "crop_mode": "center"}
@@ -126,6 +129,25 @@ def test_a_bad_label_is_found_on_the_way(names, message, tmp_path):
     with pytest.raises(ApartError, match=message):
         data = load(data_dir=str(tmp_path), streaming=True, num_classes=5)
         list(Loaders(data, LoaderSettings(CONFIG, 8, 8), Accelerator(cpu=True)).evaluation(data.val))
+
+
+def damage(file):
+    """As a disk does it: its size and its end stay."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle - 500:middle + 500] = b"\xff" * 1000
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_ends_a_run_in_one_line(workers, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    damage(tmp_path / "data/train-00002-of-00004.parquet")
+    result = run(*TRAIN, "--model", "test_resnet", "--data-dir", tmp_path / "data", "--streaming", "-b", "8",
+                 "--groups", "2", "--epochs", "1", "--workers", workers, "--output", tmp_path, "--experiment", "run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(r"error: split 'train': the stream cannot be read on after \d+ rows \(.+\); replace damaged files",
+                     result.stderr.strip().splitlines()[-1])
 
 
 def test_what_a_stream_cannot_tell(tmp_path, folder):

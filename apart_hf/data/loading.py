@@ -146,15 +146,21 @@ def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], 
     raise ApartError(f"{wanted}: the splits are {', '.join(splits)}; name one with {flag}{part}.")
 
 
-def _column(data: Dataset, named: str | None, flag: str, fits, kind: str) -> str:
-    found = [key for key, feature in data.features.items() if fits(key, feature)]
+def _column(data: Dataset, named: str | None, flag: str, kind: str, found: list[str], fit: list[str], make: str) -> str:
+    """The column that is named, or else the first that is found.
+
+    Args:
+        found: columns that are taken unnamed.
+        fit: those that are taken where they are named.
+        make: how other data become such a column, for messages.
+    """
     if named is None and found:
         return found[0]
-    if named in data.features and named in found:
+    if named in fit:
         return named
     wanted = f"no {kind} column" if named is None else f"{named!r} is no {kind} column"
     columns = ", ".join(f"{key} ({_type_name(feature)})" for key, feature in data.features.items())
-    raise ApartError(f"{wanted}: the columns are {columns}; name one with {flag}.")
+    raise ApartError(f"{wanted}: the columns are {columns}; {f'name one with {flag}' if fit else make}.")
 
 
 def _type_name(feature) -> str:
@@ -162,15 +168,17 @@ def _type_name(feature) -> str:
 
 
 def _input_key(data: Dataset, spec: DatasetSpec) -> str:
-    return _column(data, spec.input_key, "--input-key", lambda _, feature: isinstance(feature, Image), "image")
+    images = [key for key, feature in data.features.items() if isinstance(feature, Image)]
+    return _column(data, spec.input_key, "--input-key", "image", images, images,
+                   "make one of files or their bytes by datasets' cast_column(NAME, datasets.Image())")
 
 
 def _target_key(data: Dataset, spec: DatasetSpec) -> str:
-    def is_label(key, feature):
-        integer = isinstance(feature, datasets.Value) and "int" in feature.dtype
-        return isinstance(feature, ClassLabel) or (integer and ("label" in key or key == spec.target_key))
-
-    return _column(data, spec.target_key, "--target-key", is_label, "class label")
+    labels = [key for key, feature in data.features.items() if isinstance(feature, ClassLabel)]
+    integers = [key for key, feature in data.features.items() if "int" in _type_name(feature)]
+    return _column(data, spec.target_key, "--target-key", "class label",
+                   labels + [key for key in integers if "label" in key], labels + integers,
+                   "make one of text or other values by datasets' class_encode_column(NAME)")
 
 
 def _class_names(data: Dataset, spec: DatasetSpec, settings: DataSettings) -> list[str]:
@@ -256,7 +264,7 @@ def _stream_size(split: Split, spec: DatasetSpec, settings: DataSettings) -> int
     if not spec.local and settings.dataset in DATASETS:
         return spec.train_size if is_train else spec.val_size
     if spec.local:
-        return sum(1 for _ in split.data.select_columns([split.target_key]))
+        return sum(1 for _ in split.read(split.data.select_columns([split.target_key])))
     if not is_train:
         return None
     raise ApartError(

@@ -11,6 +11,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from apart_hf.data.images import BadImage, bad_image, rgb
+from apart_hf.data.of_epoch import OfEpoch
 from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
 
@@ -60,7 +61,7 @@ def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | N
     return decoded, good
 
 
-class InMemoryImages(torch.utils.data.Dataset):
+class InMemoryImages(OfEpoch, torch.utils.data.Dataset):
     """Batches of (images (B, 3, H, W) float32, class indices (B,)) from decoded images.
 
     Training images are padded with black, cropped at random and flipped: torchvision's `RandomCrop(size, padding)`,
@@ -84,8 +85,9 @@ class InMemoryImages(torch.utils.data.Dataset):
         self, decoded: Tensor, labels: np.ndarray, mean: Iterable[float], std: Iterable[float], *, padding: int = 0,
         flip: bool = False, seed: int = 0, device: torch.device | str = "cpu", skipped: int = 0,
     ):
-        self._skipped = skipped
-        self.edge, self.padding, self.flip, self.seed, self.epoch = decoded.shape[1], padding, flip, seed, 0
+        super().__init__()
+        self._left_out = skipped
+        self.edge, self.padding, self.flip, self.seed = decoded.shape[1], padding, flip, seed
         if padding:
             decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
         # four bytes a pixel are gathered as one integer
@@ -97,20 +99,9 @@ class InMemoryImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def skipped_rows(self) -> list[int]:
-        """See `OfEpoch`: the count is that of every epoch."""
-        return []
-
-    def mark_skipped(self, rows: list[int]) -> None:
-        """The reverse."""
-
     def take_skipped(self) -> int:
-        """Images passed over in an epoch."""
-        return self._skipped
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's loader: another epoch draws other crops and flips."""
-        self.epoch = epoch
+        """Images passed over: those of every epoch."""
+        return self._left_out
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         rows = torch.tensor(indices, device=self.pixels.device)

@@ -38,29 +38,29 @@ def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | Ite
             return datasets.load_dataset(spec.path, spec.config, streaming=streaming)
     except (ValueError, OSError, KeyError, RuntimeError, datasets.exceptions.DatasetsError,
             *transport_errors()) as error:
-        # one line of a message that is often a page long
-        reason = first_line(error)
-        if "generating the dataset" in reason and error.__cause__ is not None:
-            reason = first_line(error.__cause__)
-        configs = re.search(r"[Aa]vailable(?: configs)?: (\[.*?\])", str(error))
-        if configs:
-            reason = f"it has several configurations, and {spec.config!r} is none of them" if spec.config else (
-                "it has several configurations")
-            cure = f"name one by --dataset-config: {configs[1]}."
-        elif "scripts are no longer supported" in reason:
-            cure = "use a copy in parquet files, from the Hub or by --data-dir."
-        elif spec.local:
-            cure = "it needs parquet files, one folder of images a class, or a save_to_disk folder."
-        elif offline:
-            reason = f"{offline}, and the cache does not hold it"
-            cure = "load it once with a connection, or use --data-dir."
-        elif "gated" in str(error):
-            page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{spec.path}"
-            reason = "it is gated"
-            cure = f"ask for access at {page}, then log in (hf auth login, or HF_TOKEN), or use --data-dir."
-        else:
-            cure = "check the name and the connection, log in (hf auth login) where it is private, or use --data-dir."
-        raise ApartError(f"cannot load {spec.path}: {reason}; {cure}") from error
+        raise ApartError(f"cannot load {spec.path}: {_explained(error, spec, offline)}") from error
+
+
+def _explained(error: Exception, spec: DatasetSpec, offline: str) -> str:
+    """Reason and cure in one line, of a message that is often a page long."""
+    reason = first_line(error)
+    if "generating the dataset" in reason and error.__cause__ is not None:
+        reason = first_line(error.__cause__)
+    configs = re.search(r"[Aa]vailable(?: configs)?: (\[.*?\])", str(error))
+    if configs:
+        missing = f", and {spec.config!r} is none of them" if spec.config else ""
+        return f"it has several configurations{missing}; name one by --dataset-config: {configs[1]}."
+    if "scripts are no longer supported" in reason:
+        return f"{reason}; use a copy in parquet files, from the Hub or by --data-dir."
+    if spec.local:
+        return f"{reason}; it needs whole parquet files, one folder of images a class, or a save_to_disk folder."
+    if offline:
+        return f"{offline}, and the cache does not hold it; load it once with a connection, or use --data-dir."
+    if "gated" in str(error):
+        page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{spec.path}"
+        return f"it is gated; ask for access at {page}, then log in (hf auth login, or HF_TOKEN), or use --data-dir."
+    return (f"{reason}; check the name and the connection, log in (hf auth login) where it is private, or use "
+            "--data-dir.")
 
 
 def _streamed(saved: DatasetDict) -> IterableDatasetDict:

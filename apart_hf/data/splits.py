@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Image, IterableDataset
+from datasets.exceptions import DatasetsError
 
 from apart_hf.data.images import BadImage, bad_image, rgb
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, OneProcessError, first_line
+from apart_hf.hub_client import transport_errors
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,22 @@ class Split:
         labels = rows[self.target_key]
         return list(zip(rows[self.input_key], labels if self.relabel is None else self.relabel[labels].tolist()))
 
+    def read(self, order: IterableDataset | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of a stream, in the order of another stream of the same rows, or in their own.
+
+        Raises: OneProcessError where files are damaged or out of reach.
+        """
+        rows = 0
+        try:
+            for row in self.data if order is None else order:
+                yield row
+                rows += 1
+        except (OSError, ValueError, NotImplementedError, DatasetsError, *transport_errors()) as error:
+            raise OneProcessError(
+                f"split {self.name!r}: the stream cannot be read on after {rows} rows ({first_line(error)}); replace "
+                "damaged files, and check the connection where it comes from the Hub."
+            ) from error
+
     def part(self, indices: np.ndarray) -> Split:
         """These rows alone."""
         rows = indices if self.rows is None else self.rows[indices]
@@ -80,7 +99,7 @@ class Split:
 
         Raises: ApartError where that is not the first one, unless `skip_bad`.
         """
-        cells = self.data if self.streamed else (self.data[i] for i in range(len(self)))
+        cells = self.read() if self.streamed else (self.data[i] for i in range(len(self)))
         for index, cell in enumerate(cells):
             try:
                 return rgb(cell[self.input_key]).size

@@ -83,7 +83,7 @@ class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
         training, position = self.batches is not None, 0
         for again in itertools.count():
             stream, good = self._pass(again), 0
-            for cell in stream:
+            for cell in self.split.read(stream):
                 position += 1
                 encoded, label = cell[self.split.input_key], cell[self.split.target_key]
                 place = self._place(position, encoded, worker)
