@@ -27,23 +27,25 @@ def command(data, output, *more):
     ]
 
 
-def start(command, log=subprocess.PIPE, **env):
+def start(command, log=subprocess.PIPE, own_group=False, **env):
     """Its stdout and stderr go to `log`: pipes, or one file."""
     return subprocess.Popen(
-        [str(part) for part in command], cwd="/", stdout=log, stderr=log, text=True,
+        [str(part) for part in command], cwd="/", stdout=log, stderr=log, text=True, start_new_session=own_group,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
     )
 
 
-def start_ranks(command, count=2, logs=(subprocess.PIPE, subprocess.PIPE), **env):
+def start_ranks(command, count=2, logs=(subprocess.PIPE, subprocess.PIPE), own_group=False, **env):
     """The processes of one run, as a launcher starts them; but nobody ends the others where one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "ACCELERATE_USE_CPU": "true"} | env
-    own = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
-    return [start(command, log, **{k: str(v) for k, v in (shared | mine).items()}) for mine, log in zip(own, logs)]
+    return [
+        start(command, log, own_group, **{k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+        for rank, log in zip(range(count), logs)
+    ]
 
 
 def latest(folder):
@@ -68,6 +70,9 @@ def result(folder):
 
 
 def assert_equal_runs(one, two):
+    """Metrics, weights, and the results of the test split where there are any."""
+    tests = [file.read_text() if (file := Path(folder) / "test.json").exists() else None for folder in (one, two)]
+    assert tests[0] == tests[1]
     (lines, states), (others, other_states) = result(one), result(two)
     assert lines == others
     for name, state in states.items():

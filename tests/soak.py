@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import resource
 import shutil
@@ -29,6 +30,8 @@ from tests.runs import TRAIN, assert_equal_runs, start, start_ranks
 KINDS = {  # (flags, processes)
     "apart, from memory": (["--method", "apart", "--groups", "3"], 1),
     "standard, loader process": (["--method", "standard", "--loader", "workers", "-j", "1", "--reprob", "0.5"], 1),
+    "random-bn, dropout, validation part": (
+        ["--method", "random-bn", "--groups", "3", "--drop", "0.2", "--val-fraction", "0.2"], 1),
     "apart, two processes": (["--method", "apart", "--groups", "3", "-b", "6"], 2),
     "sam, averaged weights": (["--method", "sam", "--model-ema", "--mixup", "0.2"], 1),
     "apart-sam, stream": (["--method", "apart-sam", "--groups", "3", "--streaming", "--shuffle-buffer", "50"], 1),
@@ -50,8 +53,8 @@ class Attempt:
         self.command = [*TRAIN, *COMMON, "--data-dir", data, "--output", output, *flags]
         self.logs = [output / f"{rank}.log" for rank in range(count)]
         files = [log.open("w") for log in self.logs]
-        self.processes = [start(self.command, files[0], **QUIET)] if count == 1 else (
-            start_ranks(self.command, count, files, **QUIET))
+        self.processes = [start(self.command, files[0], own_group=True, **QUIET)] if count == 1 else (
+            start_ranks(self.command, count, files, own_group=True, **QUIET))
         for file in files:
             file.close()
 
@@ -103,6 +106,23 @@ def sent(number: signal.Signals):
         return {-number, EXIT_CODE}  # the first: before training has begun
 
     return inject
+
+
+def sent_to_groups(number: signal.Signals):
+    def inject(attempt: Attempt, rng: random.Random):
+        for process in attempt.processes:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.killpg(process.pid, number)
+        return {-number, EXIT_CODE}
+
+    return inject
+
+
+def twice(attempt: Attempt, rng: random.Random):
+    for _ in range(2):
+        attempt.send(signal.SIGTERM)
+        time.sleep(rng.uniform(0, 0.2))
+    return {-signal.SIGTERM, EXIT_CODE}
 
 
 def killed_in_checkpoint(attempt: Attempt, rng: random.Random):
@@ -163,7 +183,9 @@ def second_run(attempt: Attempt, rng: random.Random):
 
 FAULTS = {
     "SIGKILL": sent(signal.SIGKILL), "SIGTERM": sent(signal.SIGTERM), "SIGINT": sent(signal.SIGINT),
-    "SIGUSR1": sent(signal.SIGUSR1), "SIGKILL while a checkpoint is written": killed_in_checkpoint,
+    "SIGUSR1": sent(signal.SIGUSR1), "SIGTERM to the process group": sent_to_groups(signal.SIGTERM),
+    "SIGINT to the process group": sent_to_groups(signal.SIGINT), "SIGTERM twice": twice,
+    "SIGKILL while a checkpoint is written": killed_in_checkpoint,
     "SIGKILL, then a flipped bit in the newest checkpoint": killed_and(_flip),
     "SIGKILL, then its manifest cut": killed_and(_cut), "SIGKILL, then one of its files deleted": killed_and(_delete),
     "no room for a checkpoint": full_disk, "a second run into the folder": second_run,

@@ -6,20 +6,17 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from apart_hf import ApartError
-from apart_hf.checkpoint import Checkpoints, damage
-from apart_hf.interruption import EXIT_CODE
+from apart_hf.checkpoint import Checkpoints
 from apart_hf.train import main, train
 from apart_hf.trainer import Trainer
 from tests.helpers import ROOT, write_demo
-from tests.runs import TRAIN, assert_equal_runs, command, latest, result, wait_for_checkpoint
+from tests.runs import assert_equal_runs, command, result
 from tests.test_bad_images import write as write_bad
 from tests.test_resume import settings
 
@@ -216,50 +213,6 @@ def test_a_name_that_looks_like_mathematics(tmp_path):
     assert (run / "plots/training.png").stat().st_size > 1000
 
 
-# -- real processes ---------------------------------------------------------------------------------------------------
-
-
-def in_its_own_group(arguments):
-    return subprocess.Popen(
-        [str(part) for part in arguments], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
-def test_a_signal_to_the_whole_group(name, little, tmp_path):
-    """Launchers signal loader processes too."""
-    more = ["--loader", "workers", "-j", "2", "--epochs", "40"]
-    process = in_its_own_group(command(little, tmp_path, *more))
-    wait_for_checkpoint(process, tmp_path / "run")
-    os.killpg(process.pid, getattr(signal, name))
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == EXIT_CODE, error
-    assert error.count("\n") == 1 and f"stopped by {name} after step" in error
-    step = int(error.split("after step ")[1].split(";")[0])
-    assert latest(tmp_path / "run").name == f"step-{step:08}" and damage(latest(tmp_path / "run")) is None
-
-
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
-def test_a_signal_before_training(name, little, tmp_path):
-    code = (
-        "import sys, time, apart_hf.train as t\n"
-        "load = t.load_image_data\n"
-        "def slowly(settings):\n"
-        "    print('loading', flush=True)\n"
-        "    time.sleep(60)\n"
-        "t.load_image_data = slowly\n"
-        "t.main(sys.argv[1:])\n"
-    )
-    process = in_its_own_group([sys.executable, "-c", code, *command(little, tmp_path)[len(TRAIN):]])
-    assert process.stdout.readline() == "loading\n"
-    began = time.monotonic()
-    process.send_signal(getattr(signal, name))
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == EXIT_CODE and time.monotonic() - began < 30
-    assert error.count("\n") == 1 and f"stopped by {name} between training steps" in error and "--resume auto" in error
-
-
 def test_a_checkpoint_by_the_clock(little, tmp_path, monkeypatch):
     """Every minute, of a clock that makes three steps of one."""
     ticks = iter(range(10**6))
@@ -267,28 +220,6 @@ def test_a_checkpoint_by_the_clock(little, tmp_path, monkeypatch):
     run = train(settings(little, tmp_path, checkpoint_every="1m", epochs=4))
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     assert set(steps) > {9, 18, 27, 36}  # beside those of the epochs
-
-
-def test_a_second_signal_stops_at_once(little, tmp_path):
-    code = (
-        "import sys, time, apart_hf.trainer as t, torch\n"
-        "def slow(self, images, targets, share=1.0):\n"
-        "    print('step', flush=True)\n"
-        "    end = time.monotonic() + 60\n"
-        "    while time.monotonic() < end: time.sleep(0.05)\n"
-        "t.Trainer.train_step = slow\n"
-        "from apart_hf.train import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    process = in_its_own_group([sys.executable, "-c", code, *command(little, tmp_path)[len(TRAIN):]])
-    while process.stdout.readline() != "step\n":
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert process.poll() is None  # it finishes its step
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == -signal.SIGTERM
-    process.communicate()
 
 
 def test_a_full_disk_under_the_log(little, tmp_path):
