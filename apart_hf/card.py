@@ -88,7 +88,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         _card_data(model, repo_id), template_path=str(model_cards_folder() / "card.md"),
         name=repo_id.split("/")[-1], repo_id=repo_id, summary=_summary(model), results=model.results,
         validate=_validate(model), method=method, data_name=data_name,
-        every=training.get("settings", {}).get("every", 1),
+        every=training.get("settings", {}).get("every", 1), ratio=training.get("ratio", 1.0),
         comparison=[training["compared_with"], _row(model)] if model.results and "compared_with" in training else None,
         is_ours=is_registered_here(model.config["architecture"]), architecture=model.config["architecture"],
         width=width, height=height, has_names=bool(model.config.get("label_names")), has_plot=model.has_plot,

@@ -71,7 +71,9 @@ class TrainConfig:
 
     method: str = _text("apart", "method", _METHODS, metavar="NAME")
     epsilon: float | None = _float(None, "method", "radius of delta, a share of batch mean and scale [0.1; demo: 0.05]")
-    groups: int | None = _int(None, "method", "groups of samples with statistics of their own [16; demo: 8]")
+    groups: int | None = _int(
+        None, "method", "groups of samples with statistics of their own [16; demo, where --batch-size is not given: 8]"
+    )
     ratio: float | None = _float(None, "method", "share of the batch in the second pass, in (0, 1] [apart: 1]")
     rho: float | None = _float(
         None, "method", "radius of SAM's step in the weights [sam: 0.05; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]"
@@ -195,8 +197,8 @@ class TrainConfig:
     expect_processes: int | None = _int(None, "run", "fail unless so many processes were started")
     threads: int | None = _int(None, "run", "CPU threads a process [OMP_NUM_THREADS, or all cores]")
     resume: str | None = _text(
-        None, "run", "go on exactly from the last checkpoint: of this folder, or auto: of the run of this name, which "
-        "starts anew where there is none", metavar="auto|FOLDER"
+        None, "run", "go on exactly from the last checkpoint: of this folder, or auto: of the last run of this name, "
+        "which starts anew where there is none", metavar="auto|FOLDER"
     )
     override: bool = _flag("run", "resume although settings have changed")
     checkpoint_every: str | None = _text(

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 from apart_hf.card import Exported, comparison, make_card, weights_folder
@@ -131,15 +137,15 @@ def push(folder: Path, repo_id: str, options: PushOptions = PushOptions()) -> st
     Exported.read(folder)
     check_intact(weights_folder(folder))
     api = check_access(repo_id)
+    staged = stage(folder, repo_id, options, previous=_card_there(api, repo_id, options.revision))
+    verify(staged)
+    card = ModelCard.load(staged / CARD)
+    attempt(lambda: _validate(card), repo_id)
     attempt(lambda: api.create_repo(repo_id, private=options.private or None, exist_ok=True), repo_id)
     if options.private and not attempt(lambda: api.model_info(repo_id), repo_id).private:
         raise ApartError(f"{repo_id} is there already and is public; make it private on its page, or drop --private.")
     if options.revision is not None:
         attempt(lambda: api.create_branch(repo_id, branch=options.revision, exist_ok=True), repo_id)
-    staged = stage(folder, repo_id, options, previous=_card_there(api, repo_id, options.revision))
-    verify(staged)
-    card = ModelCard.load(staged / CARD)
-    attempt(lambda: _validate(card), repo_id)
     return _commit(api, staged, repo_id, options)
 
 
@@ -160,8 +166,10 @@ def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     def download() -> str | None:
         try:
             return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(errors="replace")
-        except RemoteEntryNotFoundError:
-            return None
+        except GatedRepoError:
+            raise
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None  # yet
 
     return attempt(download, repo_id)
 

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from apart_hf.resume import check_unchanged, data_digest, lock, place
 from apart_hf.run_place import make_folder
 from apart_hf.runtime import from_main_process
 from apart_hf.trainer import Trainer
+
+PLOT_SECONDS = 10  # drawing takes half a second or more, which is much of a short epoch
 
 
 class RunFolder:
@@ -53,6 +56,7 @@ class RunFolder:
     ):
         self.images, self.data, self.record, self.accelerator = images, data, record, accelerator
         self.history: list[dict[str, float]] = []
+        self._plotted = time.monotonic()
         self.folder, self._new = from_main_process(accelerator, lambda: make_folder(config))
         self.config = config = dataclasses.replace(config, experiment=self.folder.name, **hyper)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", accelerator, keep=config.checkpoint_hist)
@@ -113,9 +117,7 @@ class RunFolder:
                 group.update(settings)
         trainer.load_state(shared, own)
         self.history, self.checkpoints.best = shared["history"], shared["best"]
-        done = trainer.epoch >= self.config.epochs or (  # within an epoch its evaluation is still to come
-            trainer.batch == 0 and trainer.has_made(self.config.max_steps)
-        )
+        done = trainer.is_done(self.config.epochs, self.config.max_steps)
         tested = from_main_process(self.accelerator, lambda: self._go_on(done))
         return not done or (self.data.test is not None and not tested)
 
@@ -151,8 +153,10 @@ class RunFolder:
         """Of one process: (in a batch, in an optimizer step)."""
         return self.config.batch_size, self.config.batch_size * self.config.grad_accum_steps
 
-    def add(self, metrics: dict[str, float], model: nn.Module) -> None:
+    def add(self, metrics: dict[str, float], model: nn.Module, *, last: bool) -> None:
         """Record one epoch: a line of metrics; where it was evaluated, the weights as last/ and, if best, as best/.
+
+        The curves are drawn after the last epoch, and before that every `PLOT_SECONDS` at most.
 
         Raises: ApartError where they cannot be written.
         """
@@ -179,6 +183,14 @@ class RunFolder:
         if self.accelerator.is_main_process:
             with writing(self.folder):
                 self._write(metrics, model)
+                if last or ("top1" in metrics and time.monotonic() - self._plotted > PLOT_SECONDS):
+                    self._plot()
+
+    def _plot(self) -> None:
+        title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
+        plot_training(self.history, self.folder / "plots" / "training.png", title)
+        gc.collect()  # a figure is a cycle of references, of 3 MB
+        self._plotted = time.monotonic()
 
     def _write(self, metrics: dict[str, float], model: nn.Module) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -193,9 +205,6 @@ class RunFolder:
         )
         if self._best() is metrics:
             copy_folder(self.folder / "last", self.folder / "best")
-        title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
-        plot_training(self.history, self.folder / "plots" / "training.png", title)
-        gc.collect()  # a figure is a cycle of references, of 3 MB
 
     def test(self, trainer: Trainer, loader: Any) -> dict[str, float]:
         """Evaluate last/ and best/ on the test split, once, and write `test.json`. Returns the result of last/."""

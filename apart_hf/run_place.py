@@ -19,8 +19,9 @@ def make_folder(config: TrainConfig) -> tuple[Path, bool]:
         folder = Path(config.resume)
         if not os.path.isdir(folder / "checkpoints"):
             raise ApartError(f"--resume {folder}: there is no checkpoint; name a run's folder, or use --resume auto.")
-    elif config.resume is None and config.experiment is None:
-        folder = _free(folder)
+    elif config.experiment is None:
+        *there, free = _numbered(folder)
+        folder = there[-1] if config.resume and there else free
     new = not os.path.exists(folder)
     if config.resume == "auto" and os.path.isdir(folder) and not _is_run(folder) and os.listdir(folder):
         raise ApartError(f"--resume auto: {folder} holds other files than a run's; choose another --experiment.")
@@ -45,10 +46,9 @@ def _name(config: TrainConfig) -> str:
     return "-".join(part.replace("/", "_") for part in (config.dataset_name, config.model, config.method))
 
 
-def _free(folder: Path) -> Path:
-    """The folder, numbered where such a run is there already."""
-    taken, number = folder, 1
-    while os.path.exists(taken):  # False for a name that no file can have
-        number += 1
-        taken = folder.with_name(f"{folder.name}-{number}")
-    return taken
+def _numbered(folder: Path) -> list[Path]:
+    """The folder and those of the same name, numbered from 2, that are there; then the first that is not."""
+    names = [folder]
+    while os.path.exists(names[-1]):  # False for a name that no file can have
+        names.append(folder.with_name(f"{folder.name}-{len(names) + 1}"))
+    return names

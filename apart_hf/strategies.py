@@ -93,11 +93,14 @@ def create_strategy(
         name: one of `list_strategies()`.
         model: the network; may be wrapped (DDP, compiled). After `accelerator.prepare`, where that is used.
         accelerator: an `accelerate.Accelerator`; its `backward` is then the default backward.
-        generator: draws the samples of the second pass where ratio < 1. None: torch's global generator.
+        generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
+            generator.
         autocast: makes the context of the two forwards and their losses; the backwards stay outside of it.
         **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()`): epsilon, groups, ratio, rho, ...
 
-    Raises: ApartError (a ValueError) for an unknown method or hyper-parameter, or a value out of range.
+    Raises: ApartError (a ValueError) for an unknown method or hyper-parameter, a value out of range, or a model that
+        the method does not take: without the layers that it perturbs, with a BN class that has a forward of its own,
+        or sharded.
     """
     known = check_hyper_parameters(name, hyper)
     _refuse_sharded(model)
@@ -186,7 +189,9 @@ class TwoPassStrategy:
 
         Returns: (loss, output) of the clean pass, detached.
 
-        Raises: ApartError where the batch does not fit the hyper-parameters, or the model is in eval mode.
+        Raises: ApartError where the batch does not fit the hyper-parameters (also by a group with one value per channel
+            in a layer), the model or all that is perturbed in it is in eval mode, or a layer's forward is replaced
+            already.
         """
         backward = backward or self._backward
         if not self.model.training:

@@ -136,7 +136,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path:
     try:
         with stop.noting():
             for metrics in trainer.fit(config.epochs, config.max_steps):
-                run.add(metrics, trainer.evaluated)
+                run.add(metrics, trainer.evaluated, last=trainer.is_done(config.epochs, config.max_steps))
                 run.save(trainer)
                 trainer.after_step.check()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The Accelerate training loop. It knows nothing of strategies beyond `accumulate_gradients`."""
+"""The Accelerate training loop. It knows nothing of strategies beyond `accumulate_gradients` and their state."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Trainer:
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
             lr = self.optimizer.param_groups[0]["lr"]
             self.epoch, self.batch, self.totals = epoch + 1, 0, None
-            last = self.epoch == epochs or self.has_made(max_steps)
+            last = self.is_done(epochs, max_steps)
             evaluated = {}
             if last or self.epoch % self.val_interval == 0:
                 evaluated = self.evaluate_all(self.val_loader)
@@ -96,6 +96,10 @@ class Trainer:
             yield metrics
             if last:
                 return
+
+    def is_done(self, epochs: int, max_steps: int | None) -> bool:
+        """Whether so many epochs, or optimizer steps, have been made and what is due after them; None: no such end."""
+        return self.epoch >= epochs or (self.batch == 0 and self.has_made(max_steps))
 
     def has_made(self, max_steps: int | None) -> bool:
         """Whether so many optimizer steps have been made; None: there is no such end."""

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ from apart_hf import ApartError
 from apart_hf.config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings
 from apart_hf.data.images import BadImage, rgb
-from apart_hf.train import train
-from tests.helpers import ROOT, load, run
+from apart_hf.train import main, train
+from tests.helpers import load
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic",
           "crop_mode": "center"}
@@ -144,11 +143,11 @@ def test_a_run_reports_what_it_passed_over(loader, tmp_path, capsys):
     assert "epoch 2: images that cannot be decoded: 2 passed over in training, 2 left out" in capsys.readouterr().out
 
 
-def test_one_line_from_a_loader_process(tmp_path):
-    result = run(
-        sys.executable, ROOT / "scripts/train.py", "--model", "test_resnet", "--data-dir", write(tmp_path), "-b", "8",
-        "--groups", "2", "--loader", "workers", "--workers", "1", "--output", tmp_path / "out",
-    )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("train.py: error: image ") and "--on-bad-image skip" in result.stderr
+def test_one_line_from_a_loader_process(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "test_resnet", "--data-dir", write(tmp_path), "-b", "8", "--groups", "2", "--loader",
+              "workers", "--workers", "1", "--output", str(tmp_path / "out")])
+    error = capfd.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    assert " error: image " in error and "--on-bad-image skip" in error
     assert not list((tmp_path / "out").iterdir())

@@ -145,6 +145,19 @@ def test_a_failed_push_after_training_loses_nothing(hub, quickly, tmp_path, caps
     assert arrived(hub) == PUSHED
 
 
+def test_an_export_that_does_not_load_makes_no_repository(hub, quickly, folder, monkeypatch):
+    def fails(staged):
+        raise ApartError("it does not load")
+
+    with monkeypatch.context() as patch, pytest.raises(ApartError, match="does not load"):
+        patch.setattr("apart_hf.hub.verify", fails)
+        push(folder, REPO, PushOptions(revision="new"))
+    with pytest.raises(KeyError):
+        hub.files(REPO)
+    push(folder, REPO, PushOptions(revision="new"))
+    assert arrived(hub, revision="new") == PUSHED and arrived(hub) == set()
+
+
 def test_a_damaged_folder_is_not_pushed(hub, folder):
     """Nor is a repository made for it."""
     file = folder / "last/model.safetensors"

@@ -70,6 +70,24 @@ def test_a_finished_run_says_so(little, tmp_path, capsys):
     assert (one / "last/model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_auto_means_the_last_run_of_the_name(little, tmp_path, monkeypatch):
+    """Without --experiment a further run is numbered, and it is that one which was cut off."""
+    data, output = little, tmp_path / "out"
+    more = {"experiment": None, "epochs": 1}
+    first = train(settings(data, output, **more))
+    second = train(settings(data, output, **more, seed=1))
+    assert second.name == f"{first.name}-2"
+    for checkpoint in sorted((second / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(checkpoint)
+    before = (first / "metrics.jsonl").stat().st_mtime_ns
+    whole = shutil.copytree(second, tmp_path / "whole")
+    assert train(settings(data, output, **more, seed=1, resume="auto")) == second
+    assert_equal_runs(whole, second)
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == before
+    other = train(settings(data, output, **more, method="sam", resume="auto"))
+    assert other.name == first.name.replace("standard", "sam")  # there was none: it starts anew
+
+
 def test_a_run_that_was_cut_off_before_it_was_pushed(hub, quickly, little, tmp_path, capsys):
     train(settings(little, tmp_path, epochs=1))
     train(settings(little, tmp_path, epochs=1, resume="auto", push_to_hub=REPO))

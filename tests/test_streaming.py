@@ -17,9 +17,8 @@ from apart_hf import ApartError
 from apart_hf.config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings
 from apart_hf.data.streaming import StreamedImages
-from apart_hf.train import train
+from apart_hf.train import main, train
 from tests.helpers import ROOT, load, run
-from tests.runs import TRAIN
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic",
           "crop_mode": "center"}
@@ -140,14 +139,16 @@ def damage(file):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_file_ends_a_run_in_one_line(workers, folder, tmp_path):
+def test_a_damaged_file_ends_a_run_in_one_line(workers, folder, tmp_path, capfd):
     shutil.copytree(folder, tmp_path / "data")
     damage(tmp_path / "data/train-00002-of-00004.parquet")
-    result = run(*TRAIN, "--model", "test_resnet", "--data-dir", tmp_path / "data", "--streaming", "-b", "8",
-                 "--groups", "2", "--epochs", "1", "--workers", workers, "--output", tmp_path, "--experiment", "run")
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "test_resnet", "--data-dir", str(tmp_path / "data"), "--streaming", "-b", "8", "--groups", "2",
+              "--epochs", "1", "--workers", str(workers), "--output", str(tmp_path), "--experiment", "run"])
+    error = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in error, error
     assert re.search(r"error: split 'train': the stream cannot be read on after \d+ rows \(.+\); replace damaged files",
-                     result.stderr.strip().splitlines()[-1])
+                     error.strip().splitlines()[-1])
 
 
 def test_what_a_stream_cannot_tell(tmp_path, folder):

@@ -7,15 +7,18 @@ from torch.utils.data import get_worker_info
 
 
 class OfEpoch:
-    """The epoch's number, and the count of images passed over in it: memory that loader processes share.
+    """The epoch's number, and the count of images passed over in it: memory that loader processes, if any, share.
 
     Args:
         workers: loader processes.
     """
 
     def __init__(self, workers: int = 0):
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._skipped = torch.zeros(workers + 1, dtype=torch.int64).share_memory_()  # one writer each
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._skipped = torch.zeros(workers + 1, dtype=torch.int64)  # one writer each
+        if workers:
+            self._epoch.share_memory_()
+            self._skipped.share_memory_()
 
     @property
     def epoch(self) -> int:

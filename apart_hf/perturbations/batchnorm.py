@@ -17,7 +17,7 @@ from apart_hf.perturbed_bn import replaced_forwards, supported_layers
 
 # Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
 # only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest
-# noise in float32 is about 1e-6; with float16 or bfloat16 activations 99 % of it lie below a quarter of their eps.
+# noise in float32 is about 1e-6; with float16 or bfloat16 activations 99 % of it end near a quarter of their eps.
 DEAD_ZONE = 2e-6
 DEAD_ZONE_IN_16_BITS = 0.25  # of the dtype's eps
 
