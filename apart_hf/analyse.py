@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import sys
 from collections.abc import Callable
@@ -86,12 +87,15 @@ def _run(args: argparse.Namespace) -> None:
     if accelerator.num_processes > 1:
         raise ApartError(f"{accelerator.num_processes} processes were started, and one measures; leave the launcher.")
     use_threads(None, 1)
-    labels, (table, picture) = _labels(args), _files(args)
-    rows = []
-    for label, checkpoint in zip(labels, args.checkpoint):
-        model, batches = _load(args, checkpoint, accelerator)
-        progress = tqdm(batches, desc=label, leave=False, disable=not sys.stderr.isatty())
-        rows += [{"model": label, **row} for row in args.measure(args, model, progress)]
+    labels, new = _labels(args), not Path(args.output).exists()
+    table, picture = _files(args)
+    try:
+        rows = _measured(args, labels, accelerator)
+    except ApartError:
+        if new:
+            with contextlib.suppress(OSError):
+                Path(args.output).rmdir()
+        raise
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -99,6 +103,16 @@ def _run(args: argparse.Namespace) -> None:
     images, data = rows[0]["images"], Path(args.data_dir).resolve().name if args.data_dir else args.dataset
     args.plot(rows, picture, f"{images} images of {data}")
     print(f"{images} images, {len(rows)} accuracies; written: {table} and {picture}")
+
+
+def _measured(args: argparse.Namespace, labels: list[str], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """The rows of all models."""
+    rows = []
+    for label, checkpoint in zip(labels, args.checkpoint):
+        model, batches = _load(args, checkpoint, accelerator)
+        progress = tqdm(batches, desc=label, leave=False, disable=not sys.stderr.isatty())
+        rows += [{"model": label, **row} for row in args.measure(args, model, progress)]
+    return rows
 
 
 def _labels(args: argparse.Namespace) -> list[str]:

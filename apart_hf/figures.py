@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from apart_hf.plots import plain
+from apart_hf.plots import plain, styles
 
 Rows = list[dict[str, Any]]
-MARKERS, LINES = "os^DvPX*", ["-", "--", "-.", ":"]
 
 
 def plot_attack(rows: Rows, path: Path, title: str) -> None:
@@ -61,7 +59,7 @@ def _draw(axes: Axes, rows: Rows, name_of: Callable[[dict[str, Any]], str]) -> N
     curves: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         curves.setdefault(name_of(row), {}).setdefault(row["epsilon"], []).append(row["top1"])
-    for (name, points), marker, line in zip(curves.items(), cycle(MARKERS), cycle(LINES)):
+    for (name, points), (marker, line) in zip(curves.items(), styles()):
         radii, found = list(points), list(points.values())
         (curve,) = axes.plot(radii, [mean(values) for values in found], line, marker=marker, label=name)
         if max(map(len, found)) > 1:

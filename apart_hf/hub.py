@@ -13,13 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from apart_hf.card import Exported, comparison, make_card, weights_folder
@@ -163,15 +157,11 @@ def check_access(repo_id: str) -> HfApi:
 
 
 def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    def download() -> str | None:
-        try:
-            return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(errors="replace")
-        except GatedRepoError:
-            raise
-        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return None  # yet
-
-    return attempt(download, repo_id)
+    # asked first: a download would take that of a repository which is gone from the cache
+    if not attempt(lambda: api.file_exists(repo_id, CARD, revision=revision), repo_id):
+        return None
+    path = attempt(lambda: api.hf_hub_download(repo_id, CARD, revision=revision), repo_id)
+    return Path(path).read_text(errors="replace")
 
 
 def _validate(card: ModelCard) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,18 @@ from matplotlib.ticker import MaxNLocator
 if TYPE_CHECKING:
     from apart_hf.results import Difference
 
+MARKERS, LINES = "os^DvPX*<>phd8", ("-", "--", "-.", ":")
+
 
 def plain(text: str) -> str:
-    """Text that a figure shows as it is: a dollar sign would begin mathematics."""
-    return text.replace("$", r"\$")
+    """Text that a figure shows as it is: a dollar sign would begin mathematics, a first underscore hides a label."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def styles() -> Iterator[tuple[str, str]]:
+    """(marker, line) for one curve after another, 56 of them unlike each other without their colours."""
+    for number in itertools.count():
+        yield MARKERS[number % len(MARKERS)], LINES[(number + number // len(MARKERS)) % len(LINES)]
 
 
 def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -56,14 +65,14 @@ def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: st
     axes = figure.subplots()
     of_cost = Counter(round(cost, 2) for _, cost, _ in gains)
     placed = Counter()
-    for (name, cost, gain), marker in zip(gains, itertools.cycle("os^vD<>Pph*X")):
+    for (name, cost, gain), (marker, _) in zip(gains, styles()):
         beside = placed[round(cost, 2)] - (of_cost[round(cost, 2)] - 1) / 2
         placed[round(cost, 2)] += 1
         axes.errorbar(cost + 0.035 * beside, gain.mean, gain.half_width, marker=marker, capsize=3, linestyle="none",
                       label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set(xlabel="cost (passes over the data, plain training = 1; equal costs stand side by side)", title=title,
-             ylabel="gain in top-1 accuracy over plain training (%)")
+             ylabel="gain in top-1 accuracy over plain training (percentage points)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -25,7 +25,17 @@ from apart_hf.plots import plot_gains
 from apart_hf.results import Difference, Line, add_result, read_results, render
 from apart_hf.runtime import device_name, versions
 from apart_hf.signals import SIGNALS
-from apart_hf.table_runs import Run, changed, check_together, flags_of, is_published, make_run, setting, unknown_rows
+from apart_hf.table_runs import (
+    Run,
+    changed,
+    check_together,
+    extra,
+    flags_of,
+    is_published,
+    make_run,
+    setting,
+    unknown_rows,
+)
 from apart_hf.tables import ROWS, SCALES, TABLES, Published, chosen_rows
 from apart_hf.train import data_settings
 
@@ -59,7 +69,8 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
                         help='starts a run, for instance "accelerate launch --multi_gpu"; the batch size is that of a '
                         "process [this Python]")
     parser.add_argument("--render", action="store_true", help="only render what is there")
-    parser.add_argument("--dry-run", action="store_true", help="only print the commands of what is left to run")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands of what is left to run; a part "
+                        "of a dataset, which a scale may take, is made by the first run")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     found = parser.parse_args(arguments[:cut])
@@ -89,14 +100,28 @@ def _run(args: argparse.Namespace) -> None:
         return
     where = setting(args, dataset, model)
     name = f"{args.table}-{where}-{args.scale}"
-    failed = [] if args.render else _train(args, mine, name if parts == 1 else f"{name}-{part + 1}of{parts}")
+    failed = []
+    if not args.render:
+        known = [run_of(row, seed) for row in published for seed in _seeds(results)]
+        shown = [_seen(run, results[run.name]) for run in known if run.name in results]
+        failed = _train(args, mine, name if parts == 1 else f"{name}-{part + 1}of{parts}", shown)
     results = read_results(args.results)
-    seeds = range(1 + max((result["seed"] for result in results.values()), default=0))  # also those of earlier commands
     tried = unknown_rows(results.values(), where, args.scale)
-    _show(args, name, [run_of(row, seed) for row in published for seed in seeds], results, published, tried)
+    runs = [run_of(row, seed) for row in published for seed in _seeds(results)]
+    _show(args, name, runs, results, published, tried)
     if failed:
         raise ApartError(f"{len(failed)} of {len(mine)} runs failed: {', '.join(failed)}; the same command tries them "
                          "again.")
+
+
+def _seeds(results: dict[str, dict[str, Any]]) -> list[int]:
+    """Also those of earlier commands; at least one."""
+    return sorted({result["seed"] for result in results.values()}) or [0]
+
+
+def _seen(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """A result with what it was computed with beyond its row."""
+    return result | {"extra": extra(run, result)}
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -106,19 +131,27 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part) - 1, int(parts)
 
 
-def _train(args: argparse.Namespace, runs: list[Run], name: str) -> list[str]:
-    """Train what is left, one after another, and record each. Returns the names of those that failed."""
+def _train(args: argparse.Namespace, runs: list[Run], name: str, there: list[dict[str, Any]]) -> list[str]:
+    """Train what is left, one after another, and record each. Returns the names of those that failed.
+
+    Raises: ApartError before the first one, where their results could not stand in one table with those that are there.
+    """
     if not runs:
         return []
     try:
         launcher = shlex.split(args.launcher)
     except ValueError as error:
         raise ApartError(f"--launcher {args.launcher!r}: {error}.") from error
+    if not launcher:
+        raise ApartError("--launcher '': no command; leave the flag out for this Python.")
     reduction, first = SCALES[args.scale].reduction, runs[0].config
     if reduction is not None:
         whole = dataclasses.replace(first, data_dir=args.data_dir)
         reduce_data(data_settings(whole), Path(first.data_dir), **dataclasses.asdict(reduction))
     data = fingerprint(load_image_data(data_settings(first)))
+    own = {"run": "what is left to run", "data": data}
+    own |= {} if first.amp_dtype is None else {"amp_dtype": first.amp_dtype}
+    check_together([*there, own])
     try:
         args.results.mkdir(parents=True, exist_ok=True)  # rather now than when the first run is done
     except OSError as error:
@@ -139,14 +172,14 @@ def _train(args: argparse.Namespace, runs: list[Run], name: str) -> list[str]:
 def _start(command: list[str]) -> tuple[int, bool]:
     """Run a command to its end. Returns its exit code, and whether a signal asked us to stop, which it was handed."""
     try:
-        process, stopped = subprocess.Popen(command), []
+        # in a group of its own: a terminal would signal both
+        process, stopped = subprocess.Popen(command, process_group=0), []
     except OSError as error:
         raise ApartError(f"--launcher: cannot start {command[0]}: {error.strerror}.") from error
 
     def hand_on(number: int, frame) -> None:
         stopped.append(number)
-        if number != signal.SIGINT:  # the terminal sends that one to both
-            process.send_signal(number)
+        process.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
@@ -165,6 +198,7 @@ def _result(run: Run, folder: Path, data: str) -> dict[str, Any]:
         "run": run.name, "row": run.row, "seed": run.seed, "cost": run.cost, "result": last, "settings": run.settings,
         "amp_dtype": trained["settings"]["amp_dtype"], "processes": trained["settings"].get("processes", 1),
         "command": shlex.join(["python", "scripts/train.py", *run.flags, *run.more, *flags_of(source)]), "data": data,
+        "whole": trained["data"]["whole"], "images": trained["data"]["images"],
         "device": device_name(), "versions": versions(), "commit": trained["commit"],
     }
 
@@ -176,10 +210,15 @@ def _show(
     """Print the table and write it, with a plot of gains over costs, beside the results. `tried` are further results,
     for the table alone."""
     there = [run for run in runs if run.name in results]
-    check_together([*(results[run.name] for run in there), *tried])
+    check_together([*(_seen(run, results[run.name]) for run in there), *tried])
     title = f"{TABLES[args.table].title}, scale {args.scale}"
-    if args.scale != "full" or not all(is_published(run, results[run.name]) for run in there):
+    strange = [run.row for run in there if not is_published(run, results[run.name])]
+    if args.scale != "full":
         published = dict.fromkeys(published)  # they are of other settings
+    elif strange:
+        published = published | dict.fromkeys(strange)
+        print(f"no published value beside {', '.join(dict.fromkeys(strange))}: of other settings, images or numbers of "
+              "processes than the paper's")
     lines = [
         Line(row, {run.seed: results[run.name]["result"]["top1"] for run in there if run.row == row},
              next(run.cost for run in runs if run.row == row), published[row])
@@ -194,12 +233,16 @@ def _show(
           f"confidence\n\n{table}", flush=True)
     if not there:
         return
-    (args.results / f"{name}.md").write_text(table)
+    file = args.results / f"{name}.md"
     standard = next((line.accuracies for line in lines if line.name == "standard"), {})
     gains = [(line.name, line.cost, gain) for line in lines if line.name != "standard"
              and (gain := Difference.of(line.accuracies, standard)) is not None]
-    if gains:
-        plot_gains(gains, args.results / f"{name}.png", title)
+    try:
+        file.write_text(table)
+        if gains:
+            plot_gains(gains, file.with_suffix(".png"), title)
+    except OSError as error:
+        raise ApartError(f"cannot write {file} and its plot: {error.strerror}; make room, or move it away.") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from scipy.stats import ttest_rel
 from apart_hf.errors import ApartError
 from apart_hf.tables import Published
 
-_KEYS = {"row", "seed", "settings", "data", "amp_dtype", "processes"}
+_KINDS = {"run": str, "row": str, "seed": int, "cost": (int, float), "settings": dict, "data": str, "amp_dtype": str,
+          "processes": int, "result": dict}
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -31,17 +32,33 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             try:
                 result = json.loads(line)
-                name, accuracy = result["run"], float(result["result"]["top1"])
-                missing = _KEYS - result.keys()
-            except (ValueError, KeyError, TypeError) as error:
-                raise ApartError(f"{path}, line {number}: no result ({error!r}); remove the line.") from error
-            if missing:
-                raise ApartError(f"{path}, line {number}: no result, without {', '.join(missing)}; remove the line.")
-            if name in found and found[name]["result"]["top1"] != accuracy:
-                raise ApartError(f"{path}, line {number}: another result of {name} says {found[name]['result']['top1']}"
-                                 f" rather than {accuracy}; remove one of them.")
-            found[name] = result
+            except ValueError as error:
+                raise ApartError(f"{path}, line {number}: no result ({error}); remove the line.") from error
+            if wrong := _wrong(result):
+                raise ApartError(f"{path}, line {number}: no result: {wrong}; remove the line.")
+            other = found.setdefault(result["run"], result)
+            for key in ("result", "settings", "data"):
+                if _said(other, key) != _said(result, key):
+                    raise ApartError(f"{path}, line {number}: another result of {result['run']} has {key} "
+                                     f"{_said(other, key)} rather than {_said(result, key)}; remove one of them.")
     return found
+
+
+def _wrong(result: Any) -> str:
+    """What keeps a line's value from being a result; empty: nothing."""
+    if not isinstance(result, dict):
+        return "it is no table of keys"
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(result.get(key), kind)]
+    if wrong:
+        return f"{', '.join(wrong)} missing or of another type"
+    accuracy, seed = result["result"].get("top1"), result["seed"]
+    if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 100:
+        return f"top1 is {accuracy!r}, not in 0..100"
+    return "" if 0 <= seed < 2**32 else f"seed is {seed}"
+
+
+def _said(result: dict[str, Any], key: str) -> Any:
+    return f"top1 {result['result']['top1']}" if key == "result" else result[key]
 
 
 def add_result(path: Path, result: dict[str, Any]) -> None:

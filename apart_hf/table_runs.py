@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apart_hf.command_line import parse_arguments
-from apart_hf.config import TrainConfig
+from apart_hf.config import HYPER_PARAMETERS, TrainConfig
+from apart_hf.data import DATASETS
 from apart_hf.errors import ApartError
 from apart_hf.resolve import settle
 from apart_hf.resume import FREE
@@ -18,8 +20,9 @@ from apart_hf.strategies import METHODS
 from apart_hf.tables import ROWS, SCALES, recipe_name
 
 # what a table's row, seed and scale say, or what would take results from other images
-_OWN = ("seed", "recipe", "config", "method", "budget", "dataset", "dataset_config", "data_dir", "output", "experiment",
-        "resume", "override", "print_config", "val_fraction", "streaming", "push_to_hub", "on_bad_image")
+_OWN = ("seed", "recipe", "config", "method", *HYPER_PARAMETERS, "every", "budget", "model", "model_kwargs", "dataset",
+        "dataset_config", "data_dir", "output", "experiment", "resume", "override", "print_config", "val_fraction",
+        "streaming", "push_to_hub", "on_bad_image")
 # what changes how a result is computed, but not what is computed
 _HOW = {"amp", "amp_dtype", "channels_last", "torchcompile", "loader", "val_interval", "grad_checkpointing",
         "validation_batch_size", "sync_bn", "eval_metric", "on_nonfinite"}
@@ -57,7 +60,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
-        return {key: value for key, value in dataclasses.asdict(self.config).items() if key not in FREE}
+        return deciding(dataclasses.asdict(self.config))
 
     @property
     def cost(self) -> float:
@@ -67,10 +70,17 @@ class Run:
         return passes * config.epochs / settle(dataclasses.replace(given, budget=None)).epochs
 
 
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `TrainConfig` that decide a result."""
+    idle = {"lr_base_size", "lr_base_scale"} if settings.get("lr_base") is None else set()
+    return {key: value for key, value in settings.items() if key not in FREE | idle}
+
+
 def setting(args: argparse.Namespace, dataset: str, model: str) -> str:
-    """Dataset and model, as far as the scale leaves them."""
-    used = {"dataset": dataset, "model": model} | SCALES[args.scale].settings
-    return f"{used['dataset']}-{used['model']}"
+    """Dataset and model in names of runs and tables: those of the scale, where it takes another model on the same data.
+    """
+    scale = SCALES[args.scale].settings
+    return f"{dataset}-{model if 'dataset' in scale else scale.get('model', model)}"
 
 
 def make_run(args: argparse.Namespace, dataset: str, model: str, row: str, seed: int) -> Run:
@@ -97,7 +107,9 @@ def make_run(args: argparse.Namespace, dataset: str, model: str, row: str, seed:
 
 
 def _reduced(args: argparse.Namespace, dataset: str) -> Path:
-    part, source = SCALES[args.scale].reduction, Path(args.data_dir).resolve().name if args.data_dir else dataset
+    part, source = SCALES[args.scale].reduction, dataset
+    if args.data_dir is not None:  # another folder is other data
+        source += f"-{hashlib.sha256(str(Path(args.data_dir).resolve()).encode()).hexdigest()[:8]}"
     return args.output / f"{source}-{part.classes}x{part.images}-{part.edge}px"
 
 
@@ -117,16 +129,28 @@ def _check_more(flags: list[str], more: list[str]) -> None:
             raise ApartError(f"{flag} after --: the table, its rows and --seeds decide that; leave it out.")
 
 
-def changed(run: Run, result: dict[str, Any], but: Iterable[str] = ()) -> str:
-    """The settings in which a result differs from a run, in words; those named in `but` aside."""
-    before = dataclasses.asdict(TrainConfig()) | result["settings"]  # options that came later had their defaults
-    return ", ".join(f"{key}: {before[key]}, now {now}" for key, now in run.settings.items()
-                     if key not in but and before[key] != now)
+def differing(run: Run, result: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which a result differs from a run: (the result's, the run's)."""
+    before = deciding(dataclasses.asdict(TrainConfig()) | result["settings"])  # later options had their defaults
+    now = run.settings
+    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+
+
+def changed(run: Run, result: dict[str, Any]) -> str:
+    """The same in words."""
+    return ", ".join(f"{key}: {before}, now {now}" for key, (before, now) in differing(run, result).items())
+
+
+def extra(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """What a result was computed with beyond its row and scale: settings that decide what is computed, not how."""
+    found = differing(dataclasses.replace(run, more=[]), result)
+    return {key: before for key, (before, _) in found.items() if key not in _HOW}
 
 
 def is_published(run: Run, result: dict[str, Any]) -> bool:
-    """Whether a result is of the paper's settings, as far as they decide what is computed."""
-    return not changed(dataclasses.replace(run, more=[]), result, _HOW) and result["processes"] == 1
+    """Whether a result is of the paper's settings and of a dataset's own images, as many as it has."""
+    own = result.get("whole") and result.get("images") == DATASETS[run.config.dataset].train_size
+    return bool(own) and not extra(run, result) and result["processes"] == 1
 
 
 def unknown_rows(results: Iterable[dict[str, Any]], where: str, scale: str) -> list[dict[str, Any]]:
@@ -136,13 +160,17 @@ def unknown_rows(results: Iterable[dict[str, Any]], where: str, scale: str) -> l
 
 
 def check_together(results: Iterable[dict[str, Any]]) -> None:
-    """Raise ApartError where results of one table were made of other images, or in another arithmetic."""
+    """Raise ApartError where results of one table were made of other images, in another arithmetic, or with other flags
+    beyond their rows' (`extra`). Each is compared in what it has of these."""
     first: dict[str, dict[str, Any]] = {}
     for result in results:
-        for key in ("data", "amp_dtype", "processes"):
+        for key in ("data", "amp_dtype", "processes", "extra"):
+            if key not in result:
+                continue
             other = first.setdefault(key, result)
             if other[key] != result[key]:
+                what = "what they have beyond their rows" if key == "extra" else key
                 raise ApartError(
-                    f"{other['run']} and {result['run']} cannot stand in one table: {key} is {other[key]} and "
+                    f"{other['run']} and {result['run']} cannot stand in one table: {what} is {other[key]} and "
                     f"{result[key]}; keep such results in folders of their own, by --results."
                 )

@@ -113,7 +113,7 @@ TABLES: dict[str, Table] = {
             "0.11 0.21 0.17 0.15 0.18 0.50 0.45 0.17 0.15"),
         ("cifar10", "preact_resnet18"): _published(
             _TABLE_1, "94.60 94.76 95.56 95.84 96.12 95.76 96.19 96.28 96.08",
-            "0.17 0.12 0.16 0.16 0.06 0.16 0.12 0.09 0.18"),
+            "0.17 0.12 0.16 0.16 0.06 0.11 0.12 0.09 0.18"),
     }),
     "table2": Table("Table 2", {
         ("tiny-imagenet", "preact_resnet18"): _published(
@@ -189,7 +189,7 @@ SCALES: dict[str, Scale] = {
         Reduction(classes=10, images=100, edge=16), groups=8,
     ),
     "smoke": Scale(
-        "seconds a run, on the bundled data: shows that it works",
+        "seconds a run, on the bundled data, 4 steps whatever the budget: shows that it works",
         {"model": "test_resnet", "dataset": "demo", "epochs": 2, "decay_milestones": [1], "batch_size": 128,
          "max_steps": 4},
     ),

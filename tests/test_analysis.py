@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import re
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,7 +19,9 @@ from apart_hf import ApartError, analyse, load_pretrained
 from apart_hf.analysis import attack, robustness, scaled_statistics
 from apart_hf.data import IGNORED
 from apart_hf.data.mapped import TransformedImages
+from apart_hf.figures import _draw
 from apart_hf.perturbed_bn import supported_layers
+from apart_hf.plots import plain, styles
 from tests.helpers import ROOT, batch, build, load, run, snapshot
 from tests.reference import _NaiveBatchNorms, reference_step
 
@@ -221,6 +225,28 @@ def test_models_without_statistics(batches):
 def table(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_curves_differ_without_their_colours():
+    rows = [{"model": f"m{i}", "epsilon": epsilon, "top1": 50.0 + i - 10 * epsilon + draw}
+            for i in range(15) for epsilon in (0.0, 0.1) for draw in ((-1, 1) if i == 3 else (0,))]
+    axes = Figure().subplots()
+    _draw(axes, rows, lambda row: plain(row["model"]))
+    lines = axes.get_lines()
+    assert [line.get_label() for line in lines] == [f"m{i}" for i in range(15)]
+    assert all(np.allclose(line.get_ydata(), [50 + i, 49 + i]) for i, line in enumerate(lines))
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == 15
+    (band,) = axes.collections  # of the one with two draws
+    assert band.get_paths()[0].vertices[:, 1].min() == 51 and band.get_paths()[0].vertices[:, 1].max() == 54
+    assert len(set(itertools.islice(styles(), 56))) == 56
+    axes.plot([0], [0], label=plain("_hidden?"))
+    assert axes.get_legend_handles_labels()[1][-1] == " _hidden?"
+
+
+def test_nothing_is_left_where_a_checkpoint_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        analyse.main(["attack", "--checkpoint", "nope", "--output", str(tmp_path / "new")])
+    assert "nope" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("figure, arguments, split", [

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -117,22 +118,23 @@ def test_shards_are_merged_and_nothing_is_run_twice(tmp_path, capfd, monkeypatch
     reproduce("--shard", "1/2")
     merged = reproduce("--shard", "2/2")
     results = read_results(folder)
-    standard, apart = (results[f"demo-test_resnet-{row}-smoke-0"] for row in ("standard", "apart-ratio0.25"))
+    standard, apart = (results[f"cifar100-wide_resnet40_2-{row}-smoke-0"] for row in ("standard", "apart-ratio0.25"))
     assert standard["data"] == apart["data"] and (standard["cost"], apart["cost"]) == (1.0, 1.25)
     assert apart["settings"]["ratio"] == 0.25 and apart["versions"]["torch"] and "cores of" in apart["device"]
     last = json.loads((tmp_path / "runs" / apart["run"] / "metrics.jsonl").read_text().splitlines()[-1])
     assert apart["result"] == last
     difference = apart["result"]["top1"] - standard["result"]["top1"]
     assert f"| apart-ratio0.25 | 1.25x | 1 | {last['top1']:.2f} | {difference:+.2f} |  |  |  |" in merged
-    assert merged.endswith((folder / "study-demo-test_resnet-smoke.md").read_text() + "\n")
-    assert (folder / "study-demo-test_resnet-smoke.png").read_bytes().startswith(b"\x89PNG")
+    assert merged.endswith((folder / "study-cifar100-wide_resnet40_2-smoke.md").read_text() + "\n")
+    assert (folder / "study-cifar100-wide_resnet40_2-smoke.png").read_bytes().startswith(b"\x89PNG")
     command = shlex.split(apart["command"])
     assert command[:2] == ["python", "scripts/train.py"] and str(tmp_path) not in json.dumps(apart)
     assert parse_arguments(command[2:]).ratio == 0.25
 
     assert reproduce().startswith("Study, scale smoke")  # trains nothing
-    gone = standard | {"run": "demo-test_resnet-tried-smoke-0", "row": "tried", "result": {"top1": 1.25}}
-    others = [gone | {"run": f"{other}-0"} for other in ("demo-test_resnet-tried-small", "demo-x-tried-smoke")]
+    gone = standard | {"run": "cifar100-wide_resnet40_2-tried-smoke-0", "row": "tried", "result": {"top1": 1.25}}
+    others = [gone | {"run": f"{other}-0"}
+              for other in ("cifar100-wide_resnet40_2-tried-small", "cifar100-x-tried-smoke")]
     (folder / "gone.jsonl").write_text("".join(json.dumps(result) + "\n" for result in (gone, *others)))
     narrower = reproduce("--rows", "apart-ratio0.25", "--render")  # shows what is there all the same
     assert narrower.count("| tried |") == 1 and "| tried | 1.00x | 1 | 1.25 | " in narrower
@@ -141,18 +143,66 @@ def test_shards_are_merged_and_nothing_is_run_twice(tmp_path, capfd, monkeypatch
         reproduce("--", "--lr", "0.2")
     assert "with other settings (lr: 0.1, now 0.2)" in capfd.readouterr().err
 
+    (folder / "gone.jsonl").unlink()
+    for file in folder.glob("*.jsonl"):
+        file.write_text(file.read_text().replace(standard["data"], "others"))
+    with pytest.raises(SystemExit):
+        reproduce("--rows", "ghost-bn")  # refused before it is trained
+    said = capfd.readouterr()
+    assert "what is left to run cannot stand in one table: data is others and" in said.err
+    assert "ghost-bn" not in said.out
+    assert not (tmp_path / "runs" / "cifar100-wide_resnet40_2-ghost-bn-smoke-0").exists()
+
+
+@pytest.mark.parametrize("scale, seeds, left", [("small", 3, 0), ("medium", 2, 1)])
+def test_the_results_kept_here_are_those_of_their_commands(scale, seeds, left, tmp_path, capsys):
+    """Nothing is run again that is there, and the table is the one beside them."""
+    kept = ROOT / "results"
+    for file in kept.glob("*.jsonl"):
+        shutil.copy(file, tmp_path)
+    main(["study", "--scale", scale, "--seeds", str(seeds), "--results", str(tmp_path), "--dry-run"])
+    assert capsys.readouterr().out.count("python scripts/train.py") == left
+    main(["study", "--scale", scale, "--results", str(tmp_path), "--render"])
+    name = f"study-cifar100-wide_resnet16_2-{scale}.md"
+    table = (tmp_path / name).read_text()
+    assert table == (kept / name).read_text() and table in (ROOT / "docs/RESULTS.md").read_text()
+
+
+def test_results_of_other_settings_share_no_table(tmp_path, capsys):
+    def kept(row, *flags):
+        made = run_of("table1", row, "--", *flags)
+        return {"run": made.name, "row": row, "seed": 0, "cost": made.cost, "settings": made.settings, "data": "x",
+                "amp_dtype": "float32", "processes": 1, "result": {"top1": 50.0}, "whole": True, "images": 50_000}
+
+    def rendered(*results):
+        (tmp_path / "all.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+        main(["table1", "--results", str(tmp_path), "--render"])
+        return capsys.readouterr().out
+
+    assert "| 50.00 | 76.10 ± 0.24 |" in rendered(kept("standard", "--channels-last"), kept("apart"))
+    short = ("--epochs", "10", "--decay-milestones", "5")
+    assert "| 50.00 |  |" in rendered(kept("standard", *short), kept("apart", *short))
+    assert "no published value beside standard, apart: of other settings" in rendered(
+        kept("standard", *short), kept("apart", *short))
+    assert "| 50.00 |  |" in rendered(kept("standard") | {"images": 500}, kept("apart"))  # of other data
+    with pytest.raises(SystemExit):
+        rendered(kept("standard", *short), kept("apart"))
+    assert "cannot stand in one table: what they have beyond their rows is {'epochs': 10" in capsys.readouterr().err
+
 
 @pytest.mark.slow
-def test_a_table_that_was_stopped_goes_on(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_table_that_was_stopped_goes_on(name, tmp_path):
+    """The signal goes to the table's process alone."""
     table = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "study", "--scale", "smoke", "--rows", "standard",
              "--seeds", "2", "--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs"), "--",
              "--max-steps", "200", "--epochs", "8"]
     process = subprocess.Popen(table, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    metrics = tmp_path / "runs" / "demo-test_resnet-standard-smoke-0" / "metrics.jsonl"
+    metrics = tmp_path / "runs" / "cifar100-wide_resnet40_2-standard-smoke-0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     assert process.wait(60) == 75 and read_results(tmp_path / "results") == {}
     finished = run(*table)
     assert finished.returncode == 0 and "resumed from" in finished.stdout, finished.stderr
@@ -171,6 +221,10 @@ def test_a_table_that_was_stopped_goes_on(tmp_path):
     (("table1", "--seeds", "1", "--", "--nonsense"), "unrecognized arguments: --nonsense"),
     (("table1", "--", "--seed", "3"), "--seed after --: the table, its rows and --seeds decide that; leave it out"),
     (("table1", "--", "--val-fraction", "0.1"), "--val-fraction after --"),
+    (("table3", "--rows", "apart-n1", "--", "--groups", "16"), "--groups after --"),
+    (("table1", "--", "--model", "resnet18"), "--model after --"),
+    (("table1", "--", "--every", "2"), "--every after --"),
+    (("study", "--scale", "smoke", "--launcher", ""), "--launcher '': no command"),
     (("study", "--scale", "smoke", "--launcher", '"x'), "--launcher '\"x': No closing quotation"),
 ])
 def test_bad_input(flags, message, tmp_path, monkeypatch, capsys):
@@ -184,18 +238,27 @@ def test_bad_input(flags, message, tmp_path, monkeypatch, capsys):
 
 def test_results_that_cannot_be_trusted(tmp_path):
     line = {"run": "a", "result": {"top1": 1.0}, "row": "standard", "seed": 0, "settings": {}, "data": "x",
-            "amp_dtype": "float32", "processes": 1}
+            "amp_dtype": "float32", "processes": 1, "cost": 1.0}
     (tmp_path / "one.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "two.jsonl").write_text(json.dumps(line) + "\n")  # merged by file, the same run twice
     assert list(read_results(tmp_path)) == ["a"]
     (tmp_path / "two.jsonl").write_text(json.dumps(line | {"result": {"top1": 2.0}}) + "\n")
-    with pytest.raises(ApartError, match=r"two.jsonl, line 1: another result of a says 1.0 rather than 2.0"):
+    with pytest.raises(ApartError, match=r"line 1: another result of a has result top1 1.0 rather than top1 2.0"):
         read_results(tmp_path)
-    (tmp_path / "two.jsonl").write_text('{"run": "b"}\n{"run"')
-    with pytest.raises(ApartError, match=r"two.jsonl, line 1: no result \(KeyError"):
+    (tmp_path / "two.jsonl").write_text(json.dumps(line) + '\n{"run"')
+    with pytest.raises(ApartError, match=r"two.jsonl, line 2: no result \(Expecting"):
         read_results(tmp_path)
-    (tmp_path / "two.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k != "data"}))
-    with pytest.raises(ApartError, match=r"two.jsonl, line 1: no result, without data"):
+    for wrong, message in [
+        ({"data": None}, "data missing"), ({"seed": "0"}, "seed missing or of another type"),
+        ({"settings": None}, "settings"), ({"row": []}, "row"), ({"run": {}}, "run"),
+        ({"result": {"top1": "30"}}, "top1 is '30', not in 0..100"),
+        ({"result": {}}, "top1 is None"), ({"seed": -1}, "seed is -1"), ({"cost": None}, "cost"),
+    ]:
+        (tmp_path / "two.jsonl").write_text(json.dumps(line | wrong))
+        with pytest.raises(ApartError, match=f"two.jsonl, line 1: no result: {message}"):
+            read_results(tmp_path)
+    (tmp_path / "two.jsonl").write_text("[1]")
+    with pytest.raises(ApartError, match=r"line 1: no result: it is no table of keys"):
         read_results(tmp_path)
     (tmp_path / "two.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(ApartError, match=r"two.jsonl: cannot be read"):
@@ -207,10 +270,18 @@ def test_results_that_cannot_be_trusted(tmp_path):
 
 def test_the_published_value_stands_beside_its_own_setting_only():
     run = run_of("table1", "standard", "--", "--channels-last", "--amp-dtype", "bfloat16")
-    result = {"settings": json.loads(json.dumps(run.settings)), "processes": 1}
-    assert is_published(run, result) and not is_published(run, result | {"processes": 4})
+    result = {"settings": json.loads(json.dumps(run.settings)), "processes": 1, "whole": True, "images": 50_000}
+    assert is_published(run, result)
+    for other in ({"processes": 4}, {"whole": False}, {"images": 5000}):
+        assert not is_published(run, result | other)
     short = run_of("table1", "standard", "--", "--epochs", "10", "--decay-milestones", "5")
-    assert not is_published(short, {"settings": short.settings, "processes": 1})
+    assert not is_published(short, result | {"settings": short.settings})
+
+
+def test_a_part_of_another_folder_is_another_part():
+    places = [run_of("study", "standard", "--scale", "small", *where).places["data_dir"] for where in
+              ((), ("--data-dir", "/a/data"), ("--data-dir", "/b/data"))]
+    assert len(set(places)) == 3
 
 
 def test_a_part_in_smaller_images(tmp_path):

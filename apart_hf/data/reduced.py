@@ -29,7 +29,7 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
         images: of each class, for training.
         edge: of the images in pixels; each pixel is the mean of the square that it covers.
 
-    Raises: ApartError where the dataset has fewer classes, or a class has too few images.
+    Raises: ApartError where the dataset has fewer classes, a class has too few images, or the folder cannot be made.
     """
     if folder.exists():
         return
@@ -46,8 +46,11 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
     features = datasets.Features({
         data.spec.input_key: datasets.Image(), data.spec.target_key: datasets.ClassLabel(names=names),
     })
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    except OSError as error:
+        raise ApartError(f"cannot write {folder}: {error.strerror}; choose another --output.") from error
     temporary.chmod(0o755)
     try:
         for name, rows in (
