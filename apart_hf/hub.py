@@ -49,7 +49,8 @@ class PushOptions:
 
 
 def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), previous: str | None = None) -> Path:
-    """Gather what is published, with its card, and return its folder: a run's own "hub", or `folder` itself.
+    """Gather what is published, with its card, and return its folder: a run's own "hub", or `folder` itself, whose card
+    (and, by `options.license`, config.json) is then replaced.
 
     Args:
         folder: a run's output, or a folder in timm's form.
@@ -57,7 +58,8 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
         options: what the card shows.
         previous: the card that is there already; its hand-written parts are kept.
 
-    Raises: ApartError where the folder cannot be read.
+    Raises: ApartError where the folder, its weights or an earlier card cannot be read, the weights are not those of
+        their record, or the run to compare with is of another network.
     """
     Exported.read(folder)
     weights = weights_folder(folder)

@@ -212,6 +212,8 @@ def replaced_forwards(
     forward *and* backward (gradient checkpointing re-runs the forward there). Afterwards, and after an exception, every
     layer's `__dict__` is what it was. `activation_eps`, a scalar, is set to the machine epsilon of float16 or bfloat16
     where a layer sees such activations.
+
+    Raises: ApartError where a layer's forward is replaced already.
     """
     for name, layer in layers.items():
         if "forward" in layer.__dict__:

@@ -114,9 +114,12 @@ class Trainer:
         """The gradient of one batch, and an optimizer step where the accelerator has accumulated enough of them.
 
         Args:
+            images, targets: (M, ...) the batch, and its class indices or soft labels.
             share: weight of this batch in the step, relative to an equal part of `gradient_accumulation_steps`.
 
         Returns: loss and output of the clean pass.
+
+        Raises: NonFinite where the step is not finite and is not to be left out.
         """
         if self.scheduler is not None:
             self.scheduler.step_update(self.steps)

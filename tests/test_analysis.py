@@ -4,7 +4,6 @@ import copy
 import csv
 import itertools
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from apart_hf.data.mapped import TransformedImages
 from apart_hf.figures import _draw
 from apart_hf.perturbed_bn import supported_layers
 from apart_hf.plots import plain, styles
-from tests.helpers import ROOT, batch, build, load, run, snapshot
+from tests.helpers import batch, build, load, snapshot
 from tests.reference import _NaiveBatchNorms, reference_step
 
 DEMO = "demo-test_resnet-apart"
@@ -314,10 +313,3 @@ def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, cap
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error
     assert not list(tmp_path.iterdir())
-
-
-def test_the_script_itself_exits_with_2(tmp_path):
-    command = ["robustness", "--checkpoint", "none", "--output", tmp_path]
-    result = run(sys.executable, ROOT / "scripts/analyse.py", *command)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("analyse.py: error: unknown pretrained model 'none'")

@@ -14,12 +14,13 @@ import pytest
 
 from apart_hf import ApartError
 from apart_hf.checkpoint import damage
+from apart_hf.command_line import parse_arguments
 from apart_hf.config import TrainConfig
 from apart_hf.interruption import EXIT_CODE
 from apart_hf.run_folder import RunFolder
 from apart_hf.train import train
 from tests.helpers import PUSHED, REPO, ROOT, arrived
-from tests.runs import assert_equal_runs, command, latest, result, start, wait_for_checkpoint
+from tests.runs import TRAIN, assert_equal_runs, command, latest, result, start, wait_for_checkpoint
 
 CASES = {
     "standard": {"method": "standard", "drop": 0.3, "mixup": 0.2},
@@ -243,10 +244,7 @@ def killed(number, little, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(little, tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole")
-    process = start(command(little, output))
-    assert process.wait(timeout=300) == 0, process.communicate()
-    return output / "run"
+    return train(parse_arguments(command(little, tmp_path_factory.mktemp("whole"))[len(TRAIN):]))
 
 
 def test_killed_at_a_random_moment(little, whole, tmp_path):

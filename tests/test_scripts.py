@@ -1,18 +1,28 @@
-"""Scripts that measure, at a size that takes seconds."""
+"""The scripts themselves: that they start and say what they take, and those that measure at a size that takes seconds.
+"""
 
+import runpy
 import sys
 
 import pytest
 
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {script.name} ")
 
 
 @pytest.mark.parametrize("flags, loaders", [
     (("--images", "256"), ["memory", "workers"]), (("--size", "224", "--images", "128"), ["workers"]),
 ])
-def test_loader_speed(flags, loaders):
-    done = run(sys.executable, ROOT / "scripts/loader_speed.py", *flags, "--repeats", "1")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+def test_loader_speed(flags, loaders, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["loader_speed.py", *flags, "--repeats", "1"])
+    runpy.run_path(str(ROOT / "scripts/loader_speed.py"), run_name="__main__")
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[1].strip() for row in rows] == loaders
     assert all(float(row[2].split(" - ")[1].replace(",", "")) > 0 for row in rows)
