@@ -27,7 +27,8 @@ def start(rank, folder):
 
 def on_two_ranks(worker, folder, *arguments):
     """What worker(rank, folder, *arguments) left in folder/RANK.pt."""
-    mp.spawn(worker, args=(folder, *arguments), nprocs=RANKS)
+    mp.set_forkserver_preload(["tests.helpers"])  # libraries are imported once, not by every process
+    mp.start_processes(worker, args=(folder, *arguments), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
