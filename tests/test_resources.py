@@ -71,8 +71,8 @@ def test_out_of_memory(where, little, tmp_path):
 
 def loader_process(process, folder):
     """The first one of a run, when there is one."""
-    own = psutil.Process(process.pid)
-    while process.poll() is None:
+    own, deadline = psutil.Process(process.pid), time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
         if (folder / "config.yaml").exists():  # no other child is started after that
             with contextlib.suppress(psutil.NoSuchProcess):
                 found = [child for child in own.children() if child.cmdline() == own.cmdline()]
