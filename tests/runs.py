@@ -53,7 +53,7 @@ def latest(folder):
     return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
-def wait_for_checkpoint(process, folder, after=None, seconds=100):
+def wait_for_checkpoint(process, folder, after=None, seconds=250):
     """Until there is one, or another one than `after`."""
     deadline = time.monotonic() + seconds
     while latest(folder) == after:
