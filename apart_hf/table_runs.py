@@ -60,7 +60,9 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
-        return deciding(dataclasses.asdict(self.config))
+        settings = dataclasses.asdict(self.config)
+        idle = {"lr_base_size", "lr_base_scale"} if settings["lr_base"] is None else set()
+        return {key: value for key, value in settings.items() if key not in FREE | idle}
 
     @property
     def cost(self) -> float:
@@ -68,12 +70,6 @@ class Run:
         config, given = self.config, parse_arguments(self.arguments)
         passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
         return passes * config.epochs / settle(dataclasses.replace(given, budget=None)).epochs
-
-
-def deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `TrainConfig` that decide a result."""
-    idle = {"lr_base_size", "lr_base_scale"} if settings.get("lr_base") is None else set()
-    return {key: value for key, value in settings.items() if key not in FREE | idle}
 
 
 def setting(args: argparse.Namespace, dataset: str, model: str) -> str:
@@ -131,9 +127,8 @@ def _check_more(flags: list[str], more: list[str]) -> None:
 
 def differing(run: Run, result: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings in which a result differs from a run: (the result's, the run's)."""
-    before = deciding(dataclasses.asdict(TrainConfig()) | result["settings"])  # later options had their defaults
-    now = run.settings
-    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+    before = dataclasses.asdict(TrainConfig()) | result["settings"]  # options that came later had their defaults
+    return {key: (before[key], now) for key, now in run.settings.items() if before[key] != now}
 
 
 def changed(run: Run, result: dict[str, Any]) -> str:

@@ -77,9 +77,13 @@ class Attempt:
                 self.resumed_after = time.monotonic() - self.began
             time.sleep(0.005)
 
-    def send(self, number: signal.Signals, processes=None) -> None:
+    def send(self, number: signal.Signals, processes=None, groups: bool = False) -> None:
         for process in processes or self.processes:
-            process.send_signal(number)
+            if groups:
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
 
     def exit_codes(self) -> list[int | str]:
         self.until(lambda: False, PATIENCE)
@@ -100,20 +104,10 @@ class Attempt:
 # Each fault is something done to an attempt; it returns the exit codes that it may lead to, beside 0.
 
 
-def sent(number: signal.Signals):
+def sent(number: signal.Signals, groups: bool = False):
     def inject(attempt: Attempt, rng: random.Random):
-        attempt.send(number)
+        attempt.send(number, groups=groups)
         return {-number, EXIT_CODE}  # the first: before training has begun
-
-    return inject
-
-
-def sent_to_groups(number: signal.Signals):
-    def inject(attempt: Attempt, rng: random.Random):
-        for process in attempt.processes:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.killpg(process.pid, number)
-        return {-number, EXIT_CODE}
 
     return inject
 
@@ -183,8 +177,8 @@ def second_run(attempt: Attempt, rng: random.Random):
 
 FAULTS = {
     "SIGKILL": sent(signal.SIGKILL), "SIGTERM": sent(signal.SIGTERM), "SIGINT": sent(signal.SIGINT),
-    "SIGUSR1": sent(signal.SIGUSR1), "SIGTERM to the process group": sent_to_groups(signal.SIGTERM),
-    "SIGINT to the process group": sent_to_groups(signal.SIGINT), "SIGTERM twice": twice,
+    "SIGUSR1": sent(signal.SIGUSR1), "SIGTERM to the process group": sent(signal.SIGTERM, groups=True),
+    "SIGINT to the process group": sent(signal.SIGINT, groups=True), "SIGTERM twice": twice,
     "SIGKILL while a checkpoint is written": killed_in_checkpoint,
     "SIGKILL, then a flipped bit in the newest checkpoint": killed_and(_flip),
     "SIGKILL, then its manifest cut": killed_and(_cut), "SIGKILL, then one of its files deleted": killed_and(_delete),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,5 +150,5 @@ def test_one_line_from_a_loader_process(tmp_path, capfd):
               "workers", "--workers", "1", "--output", str(tmp_path / "out")])
     error = capfd.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1, error
-    assert " error: image " in error and "--on-bad-image skip" in error
+    assert error.startswith(f"{Path(sys.argv[0]).name}: error: image ") and "--on-bad-image skip" in error
     assert not list((tmp_path / "out").iterdir())

@@ -17,6 +17,19 @@ def test_help(script, monkeypatch, capsys):
     assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {script.name} ")
 
 
+@pytest.mark.parametrize("script, arguments, message", [
+    ("analyse.py", ["robustness", "--checkpoint", "none"], "unknown pretrained model 'none'"),
+    ("train.py", ["--model", "resnet_18"], "unknown model"),
+])
+def test_the_script_itself_exits_with_2(script, arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"{script}: error: {message}")
+
+
 @pytest.mark.parametrize("flags, loaders", [
     (("--images", "256"), ["memory", "workers"]), (("--size", "224", "--images", "128"), ["workers"]),
 ])

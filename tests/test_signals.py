@@ -30,7 +30,6 @@ def test_a_signal_to_the_whole_group(name, little, tmp_path):
 def test_a_signal_before_training(name, little, tmp_path):
     code = (
         "import sys, time, apart_hf.train as t\n"
-        "load = t.load_image_data\n"
         "def slowly(settings):\n"
         "    print('loading', flush=True)\n"
         "    time.sleep(60)\n"

@@ -47,6 +47,7 @@ class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
         skip_bad: bool = False,
     ):
         super().__init__(workers)
+        self._skipped = torch.zeros(workers + 1, dtype=torch.int64).share_memory_()  # one writer each
         self.split, self.transform, self.classes = split, transform, classes
         self.process, self.processes = process, processes
         self.batches, self.batch_size, self.buffer, self.seed = batches, batch_size, buffer, seed
@@ -57,6 +58,12 @@ class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
         if self.batches is None:
             raise TypeError("the number of images of an evaluation stream is not known")
         return self.batches * self.batch_size
+
+    def take_skipped(self) -> int:
+        """Images passed over since the last call."""
+        count = int(self._skipped.sum())
+        self._skipped.zero_()
+        return count
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
@@ -94,7 +101,7 @@ class StreamedImages(OfEpoch, torch.utils.data.IterableDataset):
                 except BadImage as error:
                     if not self.skip_bad:
                         raise bad_image(place, error) from error
-                    self.skip()
+                    self._skipped[0 if get_worker_info() is None else worker + 1] += 1
                     if not training:
                         yield torch.zeros_like(self.transform(_BLACK)), IGNORED
                     continue
