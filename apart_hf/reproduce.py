@@ -15,13 +15,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from apart_hf.command_line import Parser, run_command
+from apart_hf.comparisons import compare, render_comparisons
+from apart_hf.config import TrainConfig
+from apart_hf.corruptions import CorruptedImages, check_installed, corrupt_images
 from apart_hf.data import load_image_data
 from apart_hf.data.fingerprint import fingerprint
-from apart_hf.data.reduced import reduce_data
+from apart_hf.data.reduced import evaluation_images, reduce_data
 from apart_hf.errors import ApartError
 from apart_hf.interruption import EXIT_CODE
+from apart_hf.measures import LOGITS, measure
 from apart_hf.plots import plot_gains
+from apart_hf.pretrained import load_pretrained
 from apart_hf.results import Difference, Line, add_result, read_results, render
 from apart_hf.runtime import device_name, versions
 from apart_hf.signals import SIGNALS
@@ -156,17 +164,50 @@ def _train(args: argparse.Namespace, runs: list[Run], name: str, there: list[dic
         args.results.mkdir(parents=True, exist_ok=True)  # rather now than when the first run is done
     except OSError as error:
         raise ApartError(f"cannot write {args.results}: {error.strerror}; choose another --results.") from error
+    corrupted = _corrupted(args, first)
     failed = []
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}", flush=True)
         code, stopped = _start([*launcher, "-m", MODULE, *run.arguments])
         if code == 0:
-            add_result(args.results / f"{name}.jsonl", _result(run, args.output / run.name, data))
+            result = _result(run, args.output / run.name, data)
+            if corrupted is not None:
+                result["measures"] = _measures(run, args.output / run.name, corrupted)
+            add_result(args.results / f"{name}.jsonl", result)
         if stopped or code == EXIT_CODE:
             sys.exit(EXIT_CODE)
         if code:
             failed.append(run.name)
     return failed
+
+
+def _corrupted(args: argparse.Namespace, config: TrainConfig) -> CorruptedImages | None:
+    """The scale's corrupted images, made once and kept beside the runs; None: it has none."""
+    scale = SCALES[args.scale]
+    if not scale.corruptions:
+        return None
+    file = Path(f"{config.data_dir}-corrupted.npz")
+    if file.exists():
+        return CorruptedImages.load(file)
+    check_installed()
+    print(f"making {file}: {scale.corruptions} images under 15 corruptions and {len(scale.severities)} severities",
+          flush=True)
+    part = scale.reduction
+    evaluated = len(load_image_data(data_settings(config)).val)
+    chosen = np.sort(np.random.default_rng(0).permutation(evaluated)[: scale.corruptions])
+    whole = data_settings(dataclasses.replace(config, data_dir=args.data_dir))
+    images, labels = evaluation_images(whole, classes=part.classes, images=part.images, chosen=chosen.tolist())
+    found = corrupt_images(images, labels, severities=scale.severities, edge=part.edge)
+    found.save(file)
+    return found
+
+
+def _measures(run: Run, folder: Path, corrupted: CorruptedImages) -> dict[str, Any]:
+    config = run.config
+    torch.set_num_threads(config.threads)
+    print(f"measuring {run.name}", flush=True)
+    model, _ = load_pretrained(str(folder))
+    return measure(model, load_image_data(data_settings(config)), corrupted, folder / LOGITS)
 
 
 def _start(command: list[str]) -> tuple[int, bool]:
@@ -233,6 +274,11 @@ def _show(
           f"confidence\n\n{table}", flush=True)
     if not there:
         return
+    tested = SCALES[args.scale].tested
+    compared = render_comparisons(compare({line.name: line.accuracies for line in lines}, tested), len(tested))
+    if compared:
+        print(compared, flush=True)
+        table += f"\n{compared}"
     file = args.results / f"{name}.md"
     standard = next((line.accuracies for line in lines if line.name == "standard"), {})
     gains = [(line.name, line.cost, gain) for line in lines if line.name != "standard"

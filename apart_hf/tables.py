@@ -59,7 +59,9 @@ ROWS: dict[str, Row] = {
     # the study: which part of the gain is adversarial, and what a cheaper second pass keeps
     "ghost-bn": Row("standard", None, {"method": "ghost-bn"}),
     "random-bn": Row("standard", None, {"method": "random-bn", "epsilon": 0.1}),
+    "random-bn-n1": Row("standard", None, {"method": "random-bn", "epsilon": 0.1, "groups": 1}),
     "sam-on": Row("standard", None, {"method": "sam-on"}),
+    "apart-sam-n1": Row("apart-sam", None, {"groups": 1}),
     "apart-every2": _apart(every=2),
     "apart-ratio0.25": _apart(ratio=0.25),
 }
@@ -134,8 +136,8 @@ TABLES: dict[str, Table] = {
     }),
     "study": Table("Study", {
         ("cifar100", "wide_resnet40_2"): dict.fromkeys(
-            ("standard", "standard-2x", "ghost-bn", "random-bn", "sam", "sam-on", "apart", "apart-n1", "apart-sam",
-             "apart-every2", "apart-ratio0.25")),
+            ("standard", "standard-2x", "ghost-bn", "random-bn", "random-bn-n1", "sam", "sam-on", "apart", "apart-n1",
+             "apart-sam", "apart-sam-n1", "apart-every2", "apart-ratio0.25")),
     }, against=("standard", "standard-2x", "ghost-bn", "random-bn")),
 }
 
@@ -165,22 +167,40 @@ class Scale:
         reduction: of the dataset; None: all of it.
         groups: of the methods that have groups, where a row names none: another batch size takes another number. None:
             the recipe's.
+        corruptions: how many evaluation images are corrupted, and a finished network measured on; 0: it is not.
+        severities: of these corruptions.
+        tested: pairs of rows whose differences were registered before the runs, and are tested together.
     """
 
     summary: str
     settings: dict[str, Any] = field(default_factory=dict)
     reduction: Reduction | None = None
     groups: int | None = None
+    corruptions: int = 0
+    severities: tuple[int, ...] = (1, 3, 5)
+    tested: tuple[tuple[str, str], ...] = ()
 
+
+_TWENTY_CLASSES = Reduction(classes=20, images=250, edge=16)
 
 SCALES: dict[str, Scale] = {
     "full": Scale("the paper's setting"),
+    "long": Scale(
+        "10 minutes a run of plain training on a CPU core, on the images of medium, until it fits its own; more is "
+        "measured of each network, see docs/STUDY.md",
+        {"model": "wide_resnet16_2", "epochs": 100, "decay_milestones": [50, 75], "batch_size": 128, "padding": 2,
+         "amp_dtype": "float32", "channels_last": True, "val_interval": 200, "threads": 1},
+        _TWENTY_CLASSES, corruptions=1000, tested=(
+            ("apart-n1", "random-bn-n1"), ("apart-n1", "standard-2x"), ("apart", "ghost-bn"), ("apart", "standard-2x"),
+            ("apart-n1", "apart"),
+        ),
+    ),
     "medium": Scale(
         "minutes a run on a CPU core with bfloat16 arithmetic of its own, hours on others: WRN-16-2 on 5,000 images of "
         "16 pixels in 20 classes",
         {"model": "wide_resnet16_2", "epochs": 60, "decay_milestones": [30, 45], "batch_size": 128, "padding": 2,
          "amp_dtype": "bfloat16", "channels_last": True, "val_interval": 10, "threads": 1},
-        Reduction(classes=20, images=250, edge=16),
+        _TWENTY_CLASSES,
     ),
     "small": Scale(
         "minutes a run on any CPU core: WRN-16-2 on 1,000 images of 16 pixels in 10 classes",
