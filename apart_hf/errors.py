@@ -29,8 +29,7 @@ def first_line(error: Exception) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], more: str = "") -> ApartError:
-    """An error for a misspelt name, suggesting the closest of `known`, or listing them where they are few; and `more`.
-    """
+    """An error for a misspelt name: it names the closest of `known`, or lists them where they are few; then `more`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:

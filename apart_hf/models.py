@@ -56,8 +56,16 @@ class PreActResNet(nn.Module):
     """
 
     def __init__(
-        self, widths: tuple[int, ...], blocks: int, stem_width: int, stem_norm: bool = False, final_norm: bool = True,
-        he_init: bool = True, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg",
+        self,
+        widths: tuple[int, ...],
+        blocks: int,
+        stem_width: int,
+        stem_norm: bool = False,
+        final_norm: bool = True,
+        he_init: bool = True,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
         drop_rate: float = 0.0,
     ):
         super().__init__()
@@ -123,9 +131,18 @@ class PreActResNet(nn.Module):
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        "url": "", "num_classes": 100, "input_size": (3, 32, 32), "pool_size": (8, 8), "crop_pct": 1.0,
-        "interpolation": "bicubic", "mean": CIFAR_MEAN, "std": CIFAR_STD, "first_conv": "conv1",
-        "classifier": "head.fc", "license": "apache-2.0", **kwargs,
+        "url": "",
+        "num_classes": 100,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+        "first_conv": "conv1",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
     }
 
 
@@ -134,15 +151,23 @@ def is_registered_here(architecture: str) -> bool:
     return architecture in default_cfgs
 
 
-default_cfgs = generate_default_cfgs({
-    "wide_resnet16_2": _cfg(), "wide_resnet40_2": _cfg(), "wide_resnet28_10": _cfg(),
-    "preact_resnet18": _cfg(pool_size=(4, 4)),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "wide_resnet16_2": _cfg(),
+        "wide_resnet40_2": _cfg(),
+        "wide_resnet28_10": _cfg(),
+        "preact_resnet18": _cfg(pool_size=(4, 4)),
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, widths: tuple[int, ...], **kwargs: Any) -> PreActResNet:
     return build_model_with_cfg(
-        PreActResNet, variant, pretrained, widths=widths, feature_cfg={"out_indices": tuple(range(len(widths)))},
+        PreActResNet,
+        variant,
+        pretrained,
+        widths=widths,
+        feature_cfg={"out_indices": tuple(range(len(widths)))},
         **kwargs,
     )
 
@@ -175,6 +200,13 @@ def wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
 def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """PreAct-ResNet-18: 11,171,274 parameters at 10 classes."""
     return _create(
-        "preact_resnet18", pretrained, (64, 128, 256, 512), blocks=2, stem_width=64, stem_norm=True, final_norm=False,
-        he_init=False, **kwargs,
+        "preact_resnet18",
+        pretrained,
+        (64, 128, 256, 512),
+        blocks=2,
+        stem_width=64,
+        stem_norm=True,
+        final_norm=False,
+        he_init=False,
+        **kwargs,
     )

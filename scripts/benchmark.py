@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from apart_hf import create_strategy
-from apart_hf.runtime import versions
-from apart_hf.strategies import METHODS
+from apart_hf.strategies.methods import METHODS
+from apart_hf.utils.environment import versions
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +61,9 @@ class Contender:
         self.device, self.criterion = device, nn.CrossEntropyLoss()
         run = torch.compile(self.model) if args.torchcompile else self.model
         self.strategy = create_strategy(
-            method, run, autocast=dtype and (lambda: torch.autocast(device.type, dtype)),
+            method,
+            run,
+            autocast=dtype and (lambda: torch.autocast(device.type, dtype)),
             **({"groups": args.groups} if "groups" in METHODS[method].hyper_parameters() else {}),
         )
         self.seconds: list[float] = []
@@ -99,8 +101,10 @@ class Contender:
 
 
 KINDS = {
-    "convolution": ("convolution", "mkldnn", "cudnn"), "batch norm": ("batch_norm", "addcmul"),
-    "activation": ("relu", "threshold", "silu", "gelu", "hardtanh"), "optimizer": ("_foreach", "SGD", "Optimizer"),
+    "convolution": ("convolution", "mkldnn", "cudnn"),
+    "batch norm": ("batch_norm", "addcmul"),
+    "activation": ("relu", "threshold", "silu", "gelu", "hardtanh"),
+    "optimizer": ("_foreach", "SGD", "Optimizer"),
     "matrix product": ("addmm", "aten::mm", "bmm"),
 }
 
@@ -148,21 +152,30 @@ def main() -> None:
     rows = []
     for method, contender in contenders.items():
         ratios = sorted(a / b for a, b in zip(contender.seconds, baseline.seconds))
-        rows.append({
-            "method": method, "ms_per_step": 1000 * statistics.median(contender.seconds),
-            "images_per_second": args.batch_size / statistics.median(contender.seconds),
-            "ratio_min": ratios[0], "ratio_median": statistics.median(ratios), "ratio_max": ratios[-1],
-            "peak_memory_mib": contender.peak_memory(),
-        })
+        rows.append(
+            {
+                "method": method,
+                "ms_per_step": 1000 * statistics.median(contender.seconds),
+                "images_per_second": args.batch_size / statistics.median(contender.seconds),
+                "ratio_min": ratios[0],
+                "ratio_median": statistics.median(ratios),
+                "ratio_max": ratios[-1],
+                "peak_memory_mib": contender.peak_memory(),
+            }
+        )
     name = torch.cuda.get_device_name(args.device) if baseline.device.type == "cuda" else platform.machine()
     layout, mode = "channels_last" if args.channels_last else "NCHW", "compiled" if args.torchcompile else "eager"
-    print(f"{args.model}, batch {args.batch_size}, {args.amp_dtype}, {layout}, {mode}, {args.device} ({name}), "
-          f"{torch.get_num_threads()} threads")
+    print(
+        f"{args.model}, batch {args.batch_size}, {args.amp_dtype}, {layout}, {mode}, {args.device} ({name}), "
+        f"{torch.get_num_threads()} threads"
+    )
     print("| method | ms/step | images/s | ratio: min - median - max | peak memory (MiB) |\n|---|---|---|---|---|")
     for row in rows:
         ratio = " - ".join(f"{row[f'ratio_{key}']:.2f}" for key in ("min", "median", "max"))
-        print(f"| {row['method']} | {row['ms_per_step']:.0f} | {row['images_per_second']:.0f} | {ratio} | "
-              f"{row['peak_memory_mib']:.0f} |")
+        print(
+            f"| {row['method']} | {row['ms_per_step']:.0f} | {row['images_per_second']:.0f} | {ratio} | "
+            f"{row['peak_memory_mib']:.0f} |"
+        )
     if args.profile:
         print(profile(list(contenders.values())[:2], args.profile))
     if args.json:

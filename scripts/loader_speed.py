@@ -24,8 +24,13 @@ from PIL import Image as PIL
 from apart_hf.data import DatasetSpec, ImageData, Loaders, LoaderSettings, Split
 from apart_hf.data.transforms import SMALL, data_config
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875,
-            "crop_mode": "center"}
+IMAGENET = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
 
 
 def make_images(count: int, width: int, height: int) -> Dataset:
@@ -64,9 +69,9 @@ def main() -> None:
     width, height = args.source or ((args.size,) * 2 if args.size <= SMALL else (500, 375))
     images = make_images(args.images, width, height)
     spec = DatasetSpec("random", train_split="train", val_split="val", input_key="image", target_key="label")
-    train, val = (Split.of(part, name, "image", "label") for part, name in (
-        (images, "train"), (images.select(range(128)), "val"),
-    ))
+    train, val = (
+        Split.of(part, name, "image", "label") for part, name in ((images, "train"), (images.select(range(128)), "val"))
+    )
     data = ImageData(train, val, spec, [str(i) for i in range(10)], (width, height))
     kinds = {}
     in_memory = args.size <= SMALL and (width, height) == (args.size, args.size)
@@ -77,7 +82,7 @@ def main() -> None:
         train = Loaders(data, settings, Accelerator(cpu=True)).train()
         if loader == "memory":
             print(f"decoding {args.images} images: {time.perf_counter() - start:.1f} s")
-        kinds[loader] = (lambda train=train: train)
+        kinds[loader] = lambda train=train: train
     rates = {loader: [] for loader in kinds}
     for _ in range(args.repeats):
         for loader, batches in kinds.items():

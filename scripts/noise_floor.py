@@ -22,7 +22,9 @@ from apart_hf import create_strategy
 
 HALF = (("bfloat16", torch.bfloat16), ("float16", torch.float16))
 SETTINGS = {
-    "float32": {}, "float32, channels_last": {"layout": torch.channels_last}, "float32, compiled": {"compiled": True},
+    "float32": {},
+    "float32, channels_last": {"layout": torch.channels_last},
+    "float32, compiled": {"compiled": True},
     **{name: {"amp": dtype} for name, dtype in HALF},
     **{f"{name}, channels_last": {"amp": dtype, "layout": torch.channels_last} for name, dtype in HALF},
 }
@@ -41,8 +43,16 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype).train()
 
 
-def attack(name: str, images: Tensor, targets: Tensor, *, dtype=torch.float32, layout=torch.contiguous_format, amp=None,
-           compiled=False) -> tuple[Tensor, Tensor, Tensor]:
+def attack(
+    name: str,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    dtype=torch.float32,
+    layout=torch.contiguous_format,
+    amp=None,
+    compiled=False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(g_delta, delta, index of the layer) over all channels."""
     model = build(name, dtype).to(memory_format=layout)
     if compiled:
@@ -66,8 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="separated by commas, of those in the default")
     args = parser.parse_args()
-    print("| model | arithmetic | structural: share of all | median | 99 % | largest | real: median | real to zero "
-          "| unlike float64: structural | real | all |\n" + "|---" * 11 + "|")
+    print(
+        "| model | arithmetic | structural: share of all | median | 99 % | largest | real: median | real to zero "
+        "| unlike float64: structural | real | all |\n" + "|---" * 11 + "|"
+    )
     for name in args.models.split(","):
         g = torch.Generator().manual_seed(1)
         images = torch.randn(BATCH, 3, PIXELS, PIXELS, generator=g)
@@ -81,8 +93,12 @@ def main() -> None:
             noise = share[structural].quantile(torch.tensor([0.5, 0.99, 1.0]).double()).tolist()
             zeroed = (delta == 0) & (exact_delta != 0)
             cells = [
-                name, setting, f"{structural.double().mean():.1%}", *(f"{x:.1e}" for x in noise),
-                f"{share[~structural].median():.1e}", f"{zeroed[~structural].double().mean():.3%}",
+                name,
+                setting,
+                f"{structural.double().mean():.1%}",
+                *(f"{x:.1e}" for x in noise),
+                f"{share[~structural].median():.1e}",
+                f"{zeroed[~structural].double().mean():.3%}",
                 *(f"{part.double().mean():.3%}" for part in (differs[structural], differs[~structural], differs)),
             ]
             print(f"| {' | '.join(cells)} |", flush=True)

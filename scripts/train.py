@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a timm BatchNorm model: accelerate launch scripts/train.py --model resnet18 --method apart"""
 
-from apart_hf.train import main
+from apart_hf.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -8,10 +8,16 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     HUB_PORT = free.getsockname()[1]
 os.environ |= {
-    "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads of several processes on few cores wait for each other without spinning
-    "HF_HOME": tempfile.mkdtemp(prefix="apart_hf-tests-"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    "HF_HOME": tempfile.mkdtemp(prefix="apart_hf-tests-"),
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
 }
 os.environ.pop("HF_TOKEN", None)
 
@@ -23,11 +29,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from apart_hf import hub_client
-from apart_hf.config import TrainConfig
-from apart_hf.train import train
-from tests.helpers import batch, build, forget_accelerator, write_demo
-from tests.hub_server import HubServer
+from apart_hf.config.train_config import TrainConfig
+from apart_hf.runs.run import train
+from apart_hf.utils import hub_client
+from tests.support.helpers import batch, build, forget_accelerator, write_demo
+from tests.support.hub_server import HubServer
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
 
@@ -86,10 +92,19 @@ def little(tmp_path_factory):
 def finished(tmp_path_factory):
     """A run of two epochs on 128 images of the demo set."""
     folder = tmp_path_factory.mktemp("finished")
-    return train(TrainConfig(
-        model="test_resnet", data_dir=write_demo(folder / "data", train=128, test=60), batch_size=32, groups=4,
-        epochs=2, lr=0.02, license="apache-2.0", output=str(folder), experiment="run",
-    ))
+    return train(
+        TrainConfig(
+            model="test_resnet",
+            data_dir=write_demo(folder / "data", train=128, test=60),
+            batch_size=32,
+            groups=4,
+            epochs=2,
+            lr=0.02,
+            license="apache-2.0",
+            output=str(folder),
+            experiment="run",
+        )
+    )
 
 
 @pytest.fixture
@@ -105,4 +120,4 @@ def impatient(monkeypatch):
 @pytest.fixture
 def quickly(monkeypatch):
     """Without the fresh process of `verify`, which takes seconds; other tests go through it."""
-    monkeypatch.setattr("apart_hf.hub.verify", lambda staged: None)
+    monkeypatch.setattr("apart_hf.hub.publish.verify", lambda staged: None)

@@ -59,9 +59,15 @@ def _sign_outside_dead_zone(g_mu, g_sigma):
 
 # What each method moves: (deltas, weights), and whether the clean gradient is kept.
 METHODS = {
-    "standard": (None, None, True), "apart": ("gradient", None, True), "sam": (None, "sam", False),
-    "apart-sam": ("gradient", "sam", True), "asam": (None, "asam", False), "apart-asam": ("gradient", "asam", True),
-    "sam-on": (None, "sam-on", False), "random-bn": ("random", None, True), "ghost-bn": ("none", None, True),
+    "standard": (None, None, True),
+    "apart": ("gradient", None, True),
+    "sam": (None, "sam", False),
+    "apart-sam": ("gradient", "sam", True),
+    "asam": (None, "asam", False),
+    "apart-asam": ("gradient", "asam", True),
+    "sam-on": (None, "sam-on", False),
+    "random-bn": ("random", None, True),
+    "ghost-bn": ("none", None, True),
 }
 
 
@@ -70,7 +76,9 @@ def _uphill(kind, model, names, g, rho, eta):
     normalisation layers (SAM-ON)."""
     weights = dict(model.named_parameters())
     norms = {
-        f"{layer}.{name}" for layer, m in model.named_modules() for name, _ in m.named_parameters(recurse=False)
+        f"{layer}.{name}"
+        for layer, m in model.named_modules()
+        for name, _ in m.named_parameters(recurse=False)
         if isinstance(m, (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm))
     }
     t_g, t_t_g = [], []
@@ -86,8 +94,23 @@ def _uphill(kind, model, names, g, rho, eta):
     return [rho * part / size for part in t_t_g]
 
 
-def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, groups=16, ratio=1.0, rho=0.05, eta=0.01,
-                   local_attack=False, global_norm=False, generator=None, ranks=1):
+def reference_step(
+    model,
+    images,
+    targets,
+    criterion,
+    method,
+    *,
+    epsilon=0.1,
+    groups=16,
+    ratio=1.0,
+    rho=0.05,
+    eta=0.01,
+    local_attack=False,
+    global_norm=False,
+    generator=None,
+    ranks=1,
+):
     """The gradient that `method` gives for one batch, and what it does to the buffers.
 
     With `ranks` > 1, the batch is what that many processes hold together, each an equal part in order: one attack from
@@ -114,7 +137,7 @@ def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, gr
         theta = [z for pair in zip(*(d.values() for d in zeros)) for z in pair]
         grads = torch.autograd.grad(criterion(replica(x), y), [*phi, *theta], allow_unused=True)
         g_phi.append(grads[: len(phi)])
-        g_theta.append([torch.zeros_like(t) if g is None else g for t, g in zip(theta, grads[len(phi):])])
+        g_theta.append([torch.zeros_like(t) if g is None else g for t, g in zip(theta, grads[len(phi) :])])
         norm.track = False
     buffers = {n: b.clone() for n, b in replicas[0].named_buffers()}
     if method == "standard":
@@ -129,9 +152,7 @@ def reference_step(model, images, targets, criterion, method, *, epsilon=0.1, gr
     else:
         sign = sign_of[delta_kind or "none"]
         attacks = g_theta if local_attack else [_mean(g_theta)] * ranks
-        deltas_of = [
-            [epsilon * s for i in range(0, len(g), 2) for s in sign(g[i], g[i + 1])] for g in attacks
-        ]
+        deltas_of = [[epsilon * s for i in range(0, len(g), 2) for s in sign(g[i], g[i + 1])] for g in attacks]
     deltas_of = [{n: (d[2 * i], d[2 * i + 1]) for i, n in enumerate(layers)} for d in deltas_of]
 
     combined = []

@@ -22,22 +22,40 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apart_hf.interruption import EXIT_CODE
-from apart_hf.runtime import git_commit
-from tests.helpers import write_demo
-from tests.runs import TRAIN, assert_equal_runs, start, start_ranks
+from apart_hf.runs.interruption import EXIT_CODE
+from apart_hf.utils.environment import git_commit
+from tests.support.helpers import write_demo
+from tests.support.processes import TRAIN, assert_equal_runs, start, start_ranks
 
 KINDS = {  # (flags, processes)
     "apart, from memory": (["--method", "apart", "--groups", "3"], 1),
     "standard, loader process": (["--method", "standard", "--loader", "workers", "-j", "1", "--reprob", "0.5"], 1),
     "random-bn, dropout, validation part": (
-        ["--method", "random-bn", "--groups", "3", "--drop", "0.2", "--val-fraction", "0.2"], 1),
+        ["--method", "random-bn", "--groups", "3", "--drop", "0.2", "--val-fraction", "0.2"],
+        1,
+    ),
     "apart, two processes": (["--method", "apart", "--groups", "3", "-b", "6"], 2),
     "sam, averaged weights": (["--method", "sam", "--model-ema", "--mixup", "0.2"], 1),
     "apart-sam, stream": (["--method", "apart-sam", "--groups", "3", "--streaming", "--shuffle-buffer", "50"], 1),
 }
-COMMON = ["--model", "test_resnet", "-b", "12", "--epochs", "12", "--lr", "0.02", "--checkpoint-every", "5",
-          "--threads", "1", "--experiment", "run", "--resume", "auto"]
+COMMON = [
+    "--model",
+    "test_resnet",
+    "-b",
+    "12",
+    "--epochs",
+    "12",
+    "--lr",
+    "0.02",
+    "--checkpoint-every",
+    "5",
+    "--threads",
+    "1",
+    "--experiment",
+    "run",
+    "--resume",
+    "auto",
+]
 PATIENCE = 300.0  # seconds; what takes longer counts as a hang
 FAULTS_A_RUN = 6
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
@@ -53,8 +71,11 @@ class Attempt:
         self.command = [*TRAIN, *COMMON, "--data-dir", data, "--output", output, *flags]
         self.logs = [output / f"{rank}.log" for rank in range(count)]
         files = [log.open("w") for log in self.logs]
-        self.processes = [start(self.command, files[0], own_group=True, **QUIET)] if count == 1 else (
-            start_ranks(self.command, count, files, own_group=True, **QUIET))
+        self.processes = (
+            [start(self.command, files[0], own_group=True, **QUIET)]
+            if count == 1
+            else (start_ranks(self.command, count, files, own_group=True, **QUIET))
+        )
         for file in files:
             file.close()
 
@@ -176,13 +197,19 @@ def second_run(attempt: Attempt, rng: random.Random):
 
 
 FAULTS = {
-    "SIGKILL": sent(signal.SIGKILL), "SIGTERM": sent(signal.SIGTERM), "SIGINT": sent(signal.SIGINT),
-    "SIGUSR1": sent(signal.SIGUSR1), "SIGTERM to the process group": sent(signal.SIGTERM, groups=True),
-    "SIGINT to the process group": sent(signal.SIGINT, groups=True), "SIGTERM twice": twice,
+    "SIGKILL": sent(signal.SIGKILL),
+    "SIGTERM": sent(signal.SIGTERM),
+    "SIGINT": sent(signal.SIGINT),
+    "SIGUSR1": sent(signal.SIGUSR1),
+    "SIGTERM to the process group": sent(signal.SIGTERM, groups=True),
+    "SIGINT to the process group": sent(signal.SIGINT, groups=True),
+    "SIGTERM twice": twice,
     "SIGKILL while a checkpoint is written": killed_in_checkpoint,
     "SIGKILL, then a flipped bit in the newest checkpoint": killed_and(_flip),
-    "SIGKILL, then its manifest cut": killed_and(_cut), "SIGKILL, then one of its files deleted": killed_and(_delete),
-    "no room for a checkpoint": full_disk, "a second run into the folder": second_run,
+    "SIGKILL, then its manifest cut": killed_and(_cut),
+    "SIGKILL, then one of its files deleted": killed_and(_delete),
+    "no room for a checkpoint": full_disk,
+    "a second run into the folder": second_run,
     "SIGKILL of one process of two": one_process_killed,
 }
 NEED_TWO, SURVIVED = {"SIGKILL of one process of two"}, {"no room for a checkpoint", "a second run into the folder"}
@@ -267,17 +294,28 @@ def soak(minutes: float, seed: int, scratch: Path) -> Tally:
 
 def report(tally: Tally, minutes: float, seed: int) -> str:
     lines = [
-        "# Soak", "", "`python -m tests.soak` trains on 240 images of the demo data while faults are injected at "
+        "# Soak",
+        "",
+        "`python -m tests.soak` trains on 240 images of the demo data while faults are injected at "
         "random moments, goes on by `--resume auto`, and compares each run at its end, bit for bit, with one that "
-        "nothing happened to.", "", "| | |", "|---|---|",
+        "nothing happened to.",
+        "",
+        "| | |",
+        "|---|---|",
         f"| asked for | {minutes:g} minutes, seed {seed}, commit {git_commit()} |",
-        f"| runs finished and equal | {tally.finished.total()} |", f"| faults | {tally.injected.total()} |",
+        f"| runs finished and equal | {tally.finished.total()} |",
+        f"| faults | {tally.injected.total()} |",
         f"| commands that went on from a checkpoint | {len(tally.resumed_after)} |",
         f"| checkpoints passed over as damaged | {tally.passed_over} |",
         f"| longest time from a command to its going on | {max(tally.resumed_after, default=0):.1f} s |",
-        f"| mismatches and unexpected exits | {len(tally.wrong)} |", "", "| run | finished and equal |", "|---|---|",
-        *(f"| {kind} | {tally.finished[kind]} |" for kind in KINDS), "",
-        "| fault | times | exit codes of the processes, and how often |", "|---|---|---|",
+        f"| mismatches and unexpected exits | {len(tally.wrong)} |",
+        "",
+        "| run | finished and equal |",
+        "|---|---|",
+        *(f"| {kind} | {tally.finished[kind]} |" for kind in KINDS),
+        "",
+        "| fault | times | exit codes of the processes, and how often |",
+        "|---|---|---|",
     ]
     for fault in FAULTS:
         codes = sorted((str(code), count) for (one, code), count in tally.exits.items() if one == fault)

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf import create_strategy
-from tests.helpers import snapshot
+from tests.support.helpers import snapshot
 
 CLASSES, BATCH, GROUPS = 10, 4, 2
 COLUMNS = ("model", "file", "parameters", "bn_layers", "pixels", "run", "status", "seconds")
@@ -90,7 +90,7 @@ def step(model, pixels, make_strategy):
 
 
 def check(model, pixels) -> str:
-    """"ok", or what is wrong."""
+    """ "ok", or what is wrong."""
     model.train()
     before, buffers = snapshot(model), {n: b.clone() for n, b in model.named_buffers()}
     step(model, pixels, lambda m: create_strategy("standard", m))
@@ -119,9 +119,8 @@ def check(model, pixels) -> str:
             return f"buffer differs: {n}"
     if not strategy.perturbations[0]._deltas.any():
         return "nothing was perturbed"
-    return "ok" if len(has_gradient) == len(list(model.parameters())) else (
-        f"ok ({len(list(model.parameters())) - len(has_gradient)} parameters without a gradient in a plain step too)"
-    )
+    without = len(list(model.parameters())) - len(has_gradient)
+    return f"ok ({without} parameters without a gradient in a plain step too)" if without else "ok"
 
 
 def sweep(name: str, largest: int) -> dict:

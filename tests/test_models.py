@@ -7,10 +7,15 @@ import torch
 import apart_hf  # noqa: F401
 
 
-@pytest.mark.parametrize("name, classes, parameters", [
-    ("wide_resnet16_2", 100, 703_284), ("wide_resnet40_2", 100, 2_255_156), ("wide_resnet28_10", 100, 36_536_884),
-    ("preact_resnet18", 10, 11_171_274),  # the published 11,171,146, and the BN after the stem
-])
+@pytest.mark.parametrize(
+    "name, classes, parameters",
+    [
+        ("wide_resnet16_2", 100, 703_284),
+        ("wide_resnet40_2", 100, 2_255_156),
+        ("wide_resnet28_10", 100, 36_536_884),
+        ("preact_resnet18", 10, 11_171_274),  # the published 11,171,146, and the BN after the stem
+    ],
+)
 def test_parameter_counts_are_the_published_ones(name, classes, parameters):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes)

@@ -1,4 +1,4 @@
-"""Which images a result is of."""
+"""Which data a run or a result is of: by every label, and by pixels as well."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from apart_hf.data.images import BadImage, rgb
+from apart_hf.data.decoding import BadImage, rgb
 from apart_hf.data.loading import ImageData
 
 _IMAGES = 1000  # of a split; all would take hours of ImageNet
@@ -22,4 +22,13 @@ def fingerprint(data: ImageData) -> str:
                 found.update(np.asarray(rgb(cell)).tobytes())
             except BadImage:
                 found.update(b"bad")
+    return found.hexdigest()[:16]
+
+
+def data_digest(data: ImageData) -> str:
+    """Which images a run is of, as far as labels and numbers of them tell without reading any."""
+    found = hashlib.sha256(repr(data.class_names).encode())
+    for split in (data.train, data.val, data.test):
+        if split is not None:
+            found.update(repr(split.size).encode() if split.streamed else split.labels().astype("<i8").tobytes())
     return found.hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,44 +10,15 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, Dataset
 
+from apart_hf.data.dataset_map import TransformedImages
+from apart_hf.data.dataset_memory import InMemoryImages, OtherSize, decode, fits_in_memory
+from apart_hf.data.dataset_stream import StreamedImages
 from apart_hf.data.loading import ImageData
-from apart_hf.data.mapped import TransformedImages
-from apart_hf.data.memory import InMemoryImages, OtherSize, decode, fits_in_memory
+from apart_hf.data.settings import LoaderSettings
 from apart_hf.data.splits import Split
-from apart_hf.data.streaming import StreamedImages
 from apart_hf.data.transforms import SMALL, eval_transform, train_transform
 from apart_hf.errors import ApartError
-from apart_hf.signals import in_a_group_of_its_own
-
-LOADERS = ("auto", "memory", "workers")
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How batches are made.
-
-    Args:
-        images: timm's description of the images, see `data_config`.
-        batch_size, eval_batch_size: of one process.
-        loader: "memory": images are decoded once; "workers": at every use; "auto": memory where that gives the same.
-        workers: loader processes, of the second kind and of streams.
-        seed: of order and augmentation.
-        augmentation: arguments of `train_transform`: aa, color_jitter, reprob, interpolation.
-        skip_bad: pass over images that cannot be decoded.
-        padding: pixels around small training images before their random crop; None: the dataset's.
-        shuffle_buffer: images of a stream that each loader process shuffles among themselves.
-    """
-
-    images: dict[str, Any]
-    batch_size: int
-    eval_batch_size: int
-    loader: str = "auto"
-    workers: int = 0
-    seed: int = 0
-    augmentation: dict[str, Any] = None
-    skip_bad: bool = False
-    shuffle_buffer: int = 2048
-    padding: int | None = None
+from apart_hf.utils.processes import in_a_group_of_its_own
 
 
 class Loaders:
@@ -118,8 +88,11 @@ class Loaders:
         if self.data.image_size != (edge, edge) or edge > SMALL:
             width, height = self.data.image_size
             return f"images of {width}x{height} pixels are no small squares of the network's input size ({edge}x{edge})"
-        used = [f"--{name.replace('_', '-')}" for name, value in (self.settings.augmentation or {}).items()
-                if value and name != "interpolation"]  # nothing is resized
+        used = [
+            f"--{name.replace('_', '-')}"
+            for name, value in (self.settings.augmentation or {}).items()
+            if value and name != "interpolation"
+        ]  # nothing is resized
         if used:
             return f"{', '.join(used)} works on single images"
         if self.settings.images["crop_pct"] != 1:
@@ -137,29 +110,43 @@ class Loaders:
                     raise
                 self.kind = "workers" if training else self.kind
         return TransformedImages(
-            split, self._transform(training), training=training, seed=self.settings.seed,
-            skip_bad=self.settings.skip_bad, workers=self.settings.workers,
+            split,
+            self._transform(training),
+            training=training,
+            seed=self.settings.seed,
+            skip_bad=self.settings.skip_bad,
+            workers=self.settings.workers,
         )
 
     def _from_memory(self, split: Split, training: bool) -> InMemoryImages:
-        decoded, good = decode(split, self.settings.images["input_size"][-1], skip_bad=self.settings.skip_bad,
-                               progress=f"decoding split {split.name}")
+        decoded, good = decode(
+            split,
+            self.settings.images["input_size"][-1],
+            skip_bad=self.settings.skip_bad,
+            progress=f"decoding split {split.name}",
+        )
         labels, skipped = split.labels(), int((~good).sum())
         if skipped:
             decoded, labels = decoded[good], labels[good.numpy()]
         if training and not self.accelerator.is_main_process:
             skipped = 0  # every process decodes all of them, and one reports
         return InMemoryImages(
-            decoded, labels, self.settings.images["mean"], self.settings.images["std"], seed=self.settings.seed,
-            device=self.accelerator.device, skipped=skipped,
+            decoded,
+            labels,
+            self.settings.images["mean"],
+            self.settings.images["std"],
+            seed=self.settings.seed,
+            device=self.accelerator.device,
+            skipped=skipped,
             **({"padding": self._padding, "flip": True} if training else {}),
         )
 
     def _transform(self, training: bool):
         if not training:
             return eval_transform(self.settings.images)
-        return train_transform(self.settings.images, self.data.image_size, self._padding,
-                               **self.settings.augmentation or {})
+        return train_transform(
+            self.settings.images, self.data.image_size, self._padding, **self.settings.augmentation or {}
+        )
 
     def _arguments(self, dataset: Dataset) -> dict[str, Any]:
         if isinstance(dataset, InMemoryImages):
@@ -168,7 +155,8 @@ class Loaders:
 
     def _processes(self, workers: int) -> dict[str, Any]:
         return {
-            "num_workers": workers, "persistent_workers": workers > 0,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
             "worker_init_fn": in_a_group_of_its_own if workers else None,
             "pin_memory": self.accelerator.device.type == "cuda",
         }
@@ -179,10 +167,17 @@ class Loaders:
         shards = split.data.num_shards
         workers = min(settings.workers, shards // processes if shards % processes == 0 else shards)  # one part each
         dataset = StreamedImages(
-            split, self._transform(training), classes=len(self.data.class_names), workers=workers,
-            process=self.accelerator.process_index, processes=processes, seed=settings.seed,
-            batches=len(split) // (size * processes) if training else None, batch_size=size,
-            buffer=settings.shuffle_buffer, skip_bad=settings.skip_bad,
+            split,
+            self._transform(training),
+            classes=len(self.data.class_names),
+            workers=workers,
+            process=self.accelerator.process_index,
+            processes=processes,
+            seed=settings.seed,
+            batches=len(split) // (size * processes) if training else None,
+            batch_size=size,
+            buffer=settings.shuffle_buffer,
+            skip_bad=settings.skip_bad,
         )
         return DataLoaderShard(
             dataset, self.accelerator.device, batch_size=size, drop_last=training, **self._processes(workers)

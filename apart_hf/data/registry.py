@@ -52,28 +52,59 @@ class DatasetSpec:
         return self.source if self.local else self.path
 
 
-_CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616), "train_split": "train",
-          "val_split": "test", "input_key": "img", "image_size": 32, "train_size": 50_000, "val_size": 10_000}
-_FASHION = {"mean": (0.286,) * 3, "std": (0.353,) * 3, "train_split": "train", "val_split": "test",
-            "input_key": "image", "target_key": "label", "num_classes": 10, "image_size": 28}
+_CIFAR = {
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2471, 0.2435, 0.2616),
+    "train_split": "train",
+    "val_split": "test",
+    "input_key": "img",
+    "image_size": 32,
+    "train_size": 50_000,
+    "val_size": 10_000,
+}
+_FASHION = {
+    "mean": (0.286,) * 3,
+    "std": (0.353,) * 3,
+    "train_split": "train",
+    "val_split": "test",
+    "input_key": "image",
+    "target_key": "label",
+    "num_classes": 10,
+    "image_size": 28,
+}
 # normalised as the model is: timm's usual mean and std of ImageNet
 _NATURAL = {"train_split": "train", "val_split": "validation", "input_key": "image", "target_key": "label"}
 _IMAGENET = {"num_classes": 1000, "image_size": 224, "train_size": 1_281_167, "val_size": 50_000}
-
 DATASETS: dict[str, DatasetSpec] = {
     # Few small images and under three minutes: many steps, strong decay, and half of the usual epsilon, since so short
     # a training underfits. Chosen on the demo's own test images, so its accuracy is no evidence for any method.
     "demo": DatasetSpec(
-        str(DEMO_DIR), local=True, source="zalando-datasets/fashion_mnist", padding=0, **_FASHION, train_size=6_000,
+        str(DEMO_DIR),
+        local=True,
+        source="zalando-datasets/fashion_mnist",
+        padding=0,
+        **_FASHION,
+        train_size=6_000,
         val_size=1_000,
-        defaults={"epochs": 6, "batch_size": 64, "groups": 8, "epsilon": 0.05, "lr": 0.05, "sched": "cosine",
-                  "weight_decay": 5e-3},
+        defaults={
+            "epochs": 6,
+            "batch_size": 64,
+            "groups": 8,
+            "epsilon": 0.05,
+            "lr": 0.05,
+            "sched": "cosine",
+            "weight_decay": 5e-3,
+        },
     ),
     "fashion-mnist": DatasetSpec("zalando-datasets/fashion_mnist", train_size=60_000, val_size=10_000, **_FASHION),
     "cifar10": DatasetSpec("uoft-cs/cifar10", target_key="label", num_classes=10, **_CIFAR),
     "cifar100": DatasetSpec("uoft-cs/cifar100", target_key="fine_label", num_classes=100, **_CIFAR),
     "tiny-imagenet": DatasetSpec(
-        "zh-plus/tiny-imagenet", num_classes=200, image_size=64, train_size=100_000, val_size=10_000,
+        "zh-plus/tiny-imagenet",
+        num_classes=200,
+        image_size=64,
+        train_size=100_000,
+        val_size=10_000,
         **_NATURAL | {"val_split": "valid"},
     ),
     "imagenet": DatasetSpec("ILSVRC/imagenet-1k", **_NATURAL, **_IMAGENET),
@@ -98,8 +129,8 @@ def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
     """
     known = registered(name, folder)
     if known is not None:
-        return known if folder is None else replace(
-            known, path=str(folder), config=None, local=True, source=known.hub_id
+        return (
+            known if folder is None else replace(known, path=str(folder), config=None, local=True, source=known.hub_id)
         )
     if name in DATASETS or "/" in name:
         return DatasetSpec(name) if folder is None else DatasetSpec(str(folder), local=True)

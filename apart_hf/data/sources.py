@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from apart_hf.data.registry import DatasetSpec
 from apart_hf.errors import ApartError, first_line
-from apart_hf.hub_client import offline_if_unreachable, transport_errors
+from apart_hf.utils.hub_client import offline_if_unreachable, transport_errors
 
 
 def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
@@ -36,8 +36,14 @@ def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | Ite
             return datasets.load_dataset(kind, data_dir=str(folder), streaming=streaming)
         with offline_if_unreachable() as offline:
             return datasets.load_dataset(spec.path, spec.config, streaming=streaming)
-    except (ValueError, OSError, KeyError, RuntimeError, datasets.exceptions.DatasetsError,
-            *transport_errors()) as error:
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+        *transport_errors(),
+    ) as error:
         raise ApartError(f"cannot load {spec.path}: {_explained(error, spec, offline)}") from error
 
 
@@ -59,8 +65,9 @@ def _explained(error: Exception, spec: DatasetSpec, offline: str) -> str:
     if "gated" in str(error):
         page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{spec.path}"
         return f"it is gated; ask for access at {page}, then log in (hf auth login, or HF_TOKEN), or use --data-dir."
-    return (f"{reason}; check the name and the connection, log in (hf auth login) where it is private, or use "
-            "--data-dir.")
+    return (
+        f"{reason}; check the name and the connection, log in (hf auth login) where it is private, or use --data-dir."
+    )
 
 
 def _streamed(saved: DatasetDict) -> IterableDatasetDict:

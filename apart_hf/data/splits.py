@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, IterableDataset
 
-from apart_hf.data.images import BadImage, bad_image, rgb
+from apart_hf.data.decoding import BadImage, bad_image, rgb
 from apart_hf.errors import ApartError, OneProcessError, first_line
 
 

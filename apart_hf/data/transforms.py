@@ -16,8 +16,14 @@ SMALL = 96  # pixels; up to here images are cropped from a padded original inste
 
 
 def data_config(
-    pretrained_cfg: dict[str, Any], image_size: tuple[int, int], *, img_size: int | None = None, mean=None, std=None,
-    interpolation: str | None = None, crop_pct: float | None = None,
+    pretrained_cfg: dict[str, Any],
+    image_size: tuple[int, int],
+    *,
+    img_size: int | None = None,
+    mean=None,
+    std=None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
 ) -> dict[str, Any]:
     """timm's description of the evaluation images: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
@@ -40,8 +46,14 @@ def data_config(
 
 
 def train_transform(
-    config: dict[str, Any], image_size: tuple[int, int], padding: int = 4, *, aa: str | None = None,
-    color_jitter: float = 0.0, reprob: float = 0.0, interpolation: str | None = None,
+    config: dict[str, Any],
+    image_size: tuple[int, int],
+    padding: int = 4,
+    *,
+    aa: str | None = None,
+    color_jitter: float = 0.0,
+    reprob: float = 0.0,
+    interpolation: str | None = None,
 ) -> Callable:
     """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip.
 
@@ -60,8 +72,16 @@ def train_transform(
     resizing = interpolation or config["interpolation"]
     try:
         crop, augment, to_tensor = create_transform(
-            config["input_size"], is_training=True, color_jitter=color_jitter, auto_augment=aa, re_prob=reprob,
-            re_mode="pixel", interpolation=resizing, mean=config["mean"], std=config["std"], separate=True,
+            config["input_size"],
+            is_training=True,
+            color_jitter=color_jitter,
+            auto_augment=aa,
+            re_prob=reprob,
+            re_mode="pixel",
+            interpolation=resizing,
+            mean=config["mean"],
+            std=config["std"],
+            separate=True,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.") from error

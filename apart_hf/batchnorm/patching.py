@@ -1,0 +1,221 @@
+"""Eq. 3 in the place of the forwards of a model's BN layers, for the length of a `with` block, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from apart_hf.batchnorm.functional import perturbed_batch_norm
+from apart_hf.batchnorm.kernels import Grouping
+from apart_hf.errors import ApartError
+
+
+def _no_epilogue(layer: _BatchNorm, x: Tensor) -> Tensor:
+    return x
+
+
+def _drop_and_act(layer: BatchNormAct2d, x: Tensor) -> Tensor:
+    return layer.act(layer.drop(x))
+
+
+# What follows normalisation, by the forward that we stand in for. A subclass with a forward of its own is not here.
+_EPILOGUES: dict[Callable, Callable[[nn.Module, Tensor], Tensor]] = {
+    _BatchNorm.forward: _no_epilogue,
+    nn.SyncBatchNorm.forward: _no_epilogue,
+    BatchNormAct2d.forward: _drop_and_act,
+    SyncBatchNormAct.forward: _drop_and_act,
+}
+
+
+def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BN layers of `model` by name.
+
+    Raises: ApartError where there is none, or one whose forward is not known to be BN followed by an activation.
+    """
+    layers = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, _BatchNorm):
+            continue
+        if type(layer).forward not in _EPILOGUES:
+            raise ApartError(
+                f"BatchNorm layer {_shown(name)} is a {type(layer).__name__}, whose own forward cannot be perturbed; "
+                "replace it by BatchNorm2d or timm's BatchNormAct2d, or use a method that leaves BatchNorm alone (sam)."
+            )
+        layers[name] = layer
+    if not layers:
+        raise ApartError(
+            f"{type(model).__name__} has no BatchNorm layer, and APART perturbs nothing else; "
+            "take a BatchNorm model (timm.list_models('*resnet*')) or the method 'sam' or 'standard'."
+        )
+    return layers
+
+
+def _shown(name: str) -> str:
+    """A layer's name for a message, without the prefixes of DDP and torch.compile."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return repr(name)
+
+
+def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    """The buffers to update and their momentum, `num_batches_tracked` counted, as in `_BatchNorm.forward`."""
+    momentum = 0.0 if layer.momentum is None else layer.momentum
+    if layer.track_running_stats and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:  # cumulative average
+            momentum = 1.0 / float(layer.num_batches_tracked)
+    if not layer.track_running_stats or layer.running_mean is None:
+        return None, momentum
+    return (layer.running_mean, layer.running_var), momentum
+
+
+def _synchronised(layer: _BatchNorm) -> ProcessGroup | None:
+    """The processes that a SyncBatchNorm shares its statistics with; None: it works alone."""
+    if not isinstance(layer, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = layer.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int, processes: int) -> int:
+    rows = x.shape[0] // samples if groups > 1 else 1
+    if groups > 1 and rows * samples != x.shape[0]:
+        raise ApartError(
+            f"BatchNorm layer {_shown(name)} sees {x.shape[0]} rows for {samples} samples, so rows cannot be told "
+            "apart by sample; use groups=1."
+        )
+    values = x.numel() // (x.shape[1] * groups)
+    if values * processes < 2:
+        raise ApartError(
+            f"BatchNorm layer {_shown(name)} has one value per channel in a group (input {tuple(x.shape)}, "
+            f"groups={groups}); use fewer groups, so that each has two samples or more, or a larger batch."
+        )
+    return rows
+
+
+def _affine(layer: _BatchNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if layer.affine:
+        return layer.weight, layer.bias
+    if layer.running_mean is not None:
+        dtype = layer.running_mean.dtype
+    return x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+
+
+def _forward(
+    x: Tensor,
+    *,
+    layer: _BatchNorm,
+    name: str,
+    delta_mu: Tensor,
+    delta_sigma: Tensor,
+    samples: int,
+    groups: int,
+    blocks: bool,
+    perturbed: bool,
+    activation_eps: Tensor | None,
+) -> Tensor:
+    if activation_eps is not None and x.dtype in (torch.float16, torch.bfloat16):
+        activation_eps.fill_(torch.finfo(x.dtype).eps)
+    layer._check_input_dim(x)
+    sync = _synchronised(layer)
+    rows = _rows_per_sample(name, x, samples, groups, dist.get_world_size(sync) if sync else 1)
+    gamma, beta = _affine(layer, x, delta_mu.dtype)
+    buffers, momentum = (None, 0.0) if perturbed else _running_statistics(layer)
+    out = perturbed_batch_norm(
+        x,
+        gamma,
+        beta,
+        delta_mu,
+        delta_sigma,
+        eps=layer.eps,
+        buffers=buffers,
+        momentum=momentum,
+        grouping=Grouping(groups, rows, blocks),
+        sync=sync,
+        shifted=perturbed,
+    )
+    return _EPILOGUES[type(layer).forward](layer, out)
+
+
+@contextmanager
+def replaced_forwards(
+    layers: Mapping[str, _BatchNorm],
+    deltas: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    samples: int,
+    groups: int = 1,
+    blocks: bool = False,
+    perturbed: bool,
+    activation_eps: Tensor | None = None,
+) -> Iterator[None]:
+    """Within the block, each layer computes `perturbed_batch_norm` with its (delta_mu, delta_sigma) from `deltas`.
+
+    perturbed=False is the clean pass: deltas must be zero, running statistics are updated. perturbed=True is the
+    second pass: `groups` and `blocks` (see `Grouping`) apply, running statistics are left alone. The block must span
+    forward *and* backward (gradient checkpointing re-runs the forward there). Afterwards, and after an exception, every
+    layer's `__dict__` is what it was. `activation_eps`, a scalar, is set to the machine epsilon of float16 or bfloat16
+    where a layer sees such activations.
+
+    Raises: ApartError where a layer's forward is replaced already.
+    """
+    for name, layer in layers.items():
+        if "forward" in layer.__dict__:
+            raise ApartError(
+                f"BatchNorm layer {_shown(name)} already has its forward replaced on the instance (a hook, an "
+                "offloading wrapper, or a pass of another strategy that is still open); remove that first."
+            )
+    try:
+        for name, layer in layers.items():
+            delta_mu, delta_sigma = deltas[name]
+            layer.__dict__["forward"] = partial(
+                _forward,
+                layer=layer,
+                name=name,
+                delta_mu=delta_mu,
+                delta_sigma=delta_sigma,
+                samples=samples,
+                groups=groups,
+                blocks=blocks,
+                perturbed=perturbed,
+                activation_eps=activation_eps,
+            )
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def kept_buffers(buffers: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
+    """Undo at the end what the block does to those (buffer, version) that were written to since the version was taken.
+
+    For layers that keep running statistics without being a `_BatchNorm` (EvoNorm): what the clean pass updates, the
+    perturbed pass would update again.
+    """
+    before = [(buffer, buffer.clone()) for buffer, version in buffers if buffer._version != version]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+@contextmanager
+def untracked_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Within the block, layers in training mode normalise by their batch and leave their running statistics alone."""
+    before = [(layer, layer.track_running_stats) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer, tracked in before:
+            layer.track_running_stats = tracked

@@ -1,0 +1,1 @@
+"""The commands behind scripts/*.py and python -m apart_hf."""

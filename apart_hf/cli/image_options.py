@@ -1,0 +1,60 @@
+"""What the commands that measure a trained model share: options that name the images, and what comes of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from apart_hf.data import DATASETS, DataSettings, ImageData, LoaderSettings, load_image_data
+from apart_hf.utils.command_line import at_least
+
+
+def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-split") -> None:
+    """The options that `measured_images` and `plain_batches` read."""
+    parser.add_argument("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a Hub id [demo]")
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset [its only one]")
+    parser.add_argument("--data-dir", metavar="DIR", help="local folder instead")
+    parser.add_argument(split_flag, dest="split", metavar="NAME", help="split to measure on [found]")
+    parser.add_argument("--input-key", metavar="NAME", help="column of the images [found]")
+    parser.add_argument("--target-key", metavar="NAME", help="column of the class indices [found]")
+    parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="[error]")
+    parser.add_argument("-b", "--batch-size", type=at_least(1), default=128, metavar="N", help="[128]")
+    parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="loader processes [0]")
+
+
+def measured_images(args: argparse.Namespace, model: nn.Module, *, streaming: bool = False) -> ImageData:
+    """The data with the classes of `model`.
+
+    Raises: ApartError where the data are not there, or have other classes.
+    """
+    names = model.pretrained_cfg.get("label_names")
+    return load_image_data(
+        DataSettings(
+            args.dataset,
+            args.dataset_config,
+            args.data_dir,
+            train_split=args.split,
+            val_split=args.split,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            streaming=streaming,
+            train_num_samples=1 if streaming else None,
+            skip_bad=args.on_bad_image == "skip",
+            num_classes=model.num_classes,
+            class_names=tuple(names) if isinstance(names, list) else None,
+        )
+    )
+
+
+def plain_batches(args: argparse.Namespace, model: nn.Module) -> LoaderSettings:
+    """By the transform that the folder of `model` records, also for images of another size."""
+    return LoaderSettings(
+        resolve_model_data_config(model),
+        1,
+        args.batch_size,
+        "workers",
+        args.workers,
+        skip_bad=args.on_bad_image == "skip",
+    )

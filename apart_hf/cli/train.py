@@ -1,0 +1,39 @@
+"""The command that trains: apart_hf train, scripts/train.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from apart_hf.config.arguments import parse_arguments
+from apart_hf.config.checks import check_names
+from apart_hf.config.defaults import fill_defaults
+from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.yaml_file import write_config
+from apart_hf.runs.interruption import EXIT_CODE, Interrupted, ProcessLost
+from apart_hf.runs.run import train
+from apart_hf.utils.command_line import run_command
+from apart_hf.utils.processes import rank
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: bad input ends in one line on stderr and exit code 2."""
+    run_command(lambda prog: _run(parse_arguments(arguments, prog=prog)))
+
+
+def _run(config: TrainConfig) -> None:
+    if not config.print_config:
+        try:
+            train(config)
+        except Interrupted as stopped:
+            if rank() == 0 or isinstance(stopped, ProcessLost):
+                process = f"process {rank()}: " if rank() else ""
+                print(f"{process}{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
+            sys.exit(EXIT_CODE)
+        return
+    check_names(config)
+    print(write_config(dataclasses.asdict(fill_defaults(config))), end="")
+
+
+if __name__ == "__main__":
+    main()

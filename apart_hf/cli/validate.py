@@ -1,0 +1,98 @@
+"""The command that measures a trained model again: python scripts/validate.py --checkpoint user/name --dataset demo"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from apart_hf.cli.image_options import add_image_options, measured_images, plain_batches
+from apart_hf.data import Loaders
+from apart_hf.hub.model_folder import Exported
+from apart_hf.hub.pretrained import find_pretrained, load_pretrained
+from apart_hf.training.evaluation import evaluate
+from apart_hf.utils.command_line import Parser, run_command
+from apart_hf.utils.processes import use_threads
+
+TOLERANCE = 0.05  # per cent of top-1: another machine rounds otherwise
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit code 0 where the claim holds or there is none, 1 where it does not, 2 for bad input."""
+    run_command(lambda prog: _run(_arguments(arguments, prog)))
+
+
+def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
+    parser = Parser(prog=prog, description="Measure a trained model again, and compare with what it claims.")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="NAME",
+        help="a run or exported folder, a repository user/name, or a model that comes with apart_hf",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a repository")
+    add_image_options(parser)
+    parser.add_argument("--streaming", action="store_true", help="read images as they come")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
+    folder = find_pretrained(args.checkpoint, revision=args.revision)
+    model, _ = load_pretrained(args.checkpoint, revision=args.revision)
+    training = Exported.read(folder).training
+    # in the arithmetic of the run, which moves the accuracy by tenths
+    precision = {"bfloat16": "bf16", "float16": "fp16" if torch.cuda.is_available() else "no"}.get(
+        training.get("settings", {}).get("amp_dtype"), "no"
+    )
+    accelerator = Accelerator(mixed_precision=precision)
+    use_threads(None, accelerator.num_processes)
+    data = measured_images(args, model, streaming=args.streaming)
+    loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(data.val)
+    found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator)}
+    skipped = int(accelerator.reduce(torch.tensor(loader.dataset.take_skipped(), device=accelerator.device)))
+    found["images"] = None if data.val.size is None else len(data.val) - skipped
+    holds = _report(args, found, training, accelerator)
+    if not holds:
+        sys.exit(1)
+
+
+def _same_images(args: argparse.Namespace, found: dict, training: dict) -> bool:
+    """Whether the claim is of the images that were measured, as far as their names and number tell."""
+    claim, data = training.get("results"), training.get("data") or {}
+    if claim is None or claim["split"] != found["split"] or claim.get("images") != found["images"]:
+        return False
+    if args.data_dir is not None:
+        return Path(args.data_dir).resolve().name == training["dataset"]
+    return args.dataset in (data.get("name"), data.get("hub_id"))
+
+
+def _report(args: argparse.Namespace, found: dict, training: dict, accelerator: Accelerator) -> bool:
+    """Print what was measured; whether the claim holds."""
+    claim, comparable = training.get("results"), _same_images(args, found, training)
+    difference = found["top1"] - claim["top1"] if comparable else None
+    holds = difference is None or abs(difference) <= TOLERANCE
+    if args.json:
+        accelerator.print(json.dumps({**found, "claimed": claim, "holds": holds if comparable else None}))
+        return holds
+    accelerator.print(
+        f"{args.checkpoint} on {found['split']}: top-1 {found['top1']:.2f} %, "
+        f"top-5 {found['top5']:.2f} %, loss {found['eval_loss']:.4f}"
+    )
+    if comparable:
+        accelerator.print(
+            f"claimed: top-1 {claim['top1']:.2f} %; {'it holds' if holds else 'it does NOT hold'} "
+            f"(difference {difference:+.2f})"
+        )
+    else:
+        other = "nothing" if claim is None else f"for other images: {claim.get('images')} of split {claim['split']!r}"
+        accelerator.print(f"claimed: {other}")
+    return holds
+
+
+if __name__ == "__main__":
+    main()

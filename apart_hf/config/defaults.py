@@ -1,0 +1,69 @@
+"""The two steps that complete a configuration: by its own settings, then by the data and the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from accelerate import Accelerator
+
+from apart_hf.config.recipes import budgeted
+from apart_hf.config.train_config import HYPER_PARAMETERS, TrainConfig
+from apart_hf.data import ImageData, find_dataset
+from apart_hf.errors import ApartError
+from apart_hf.strategies.methods import METHODS
+from apart_hf.utils.processes import cores
+
+
+def fill_defaults(config: TrainConfig) -> TrainConfig:
+    """The config with every None that depends on other settings decided; touches no data."""
+    usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
+    usual |= find_dataset(config.dataset, config.data_dir).defaults
+    method = METHODS[config.method]
+    known = method.hyper_parameters()
+    lacking = set(HYPER_PARAMETERS) - known.keys()
+    if config.batch_size is not None:
+        lacking.add("groups")  # it belongs to the usual batch size
+    if config.lr_base is not None:
+        lacking.add("lr")  # it is known when the processes are
+    usual = known | {key: value for key, value in usual.items() if key not in lacking}
+    config = dataclasses.replace(config, **{k: v for k, v in usual.items() if getattr(config, k) is None})
+    epochs, milestones = config.epochs, config.decay_milestones
+    if config.budget is not None:
+        passes = method.passes(config.ratio or 1.0, config.every)
+        epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
+    if config.sched == "multistep" and any(m > epochs for m in milestones or ()):
+        raise ApartError(
+            f"--decay-milestones {' '.join(map(str, milestones))} lie beyond --epochs {epochs}, and the learning "
+            "rate would not fall; name earlier ones, or shorten a recipe by --budget."
+        )
+    if config.warmup_epochs >= epochs:
+        raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
+    if config.img_size is None and config.input_size is not None:
+        config = dataclasses.replace(config, img_size=config.input_size[-1])
+    if config.amp and config.amp_dtype is None:
+        config = dataclasses.replace(config, amp_dtype="bfloat16")
+    return dataclasses.replace(
+        config,
+        epochs=epochs,
+        budget=None,
+        decay_milestones=sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),
+        workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
+    )
+
+
+def fill_from_data(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
+    """The config with every None that depends on the data or the machine decided."""
+    if config.lr is None:
+        images = config.batch_size * accelerator.num_processes * config.grad_accum_steps
+        adaptive = any(kind in config.opt.lower() for kind in ("ada", "lamb"))  # timm's rule
+        scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+        growth = (images / config.lr_base_size) ** (1.0 if scale == "linear" else 0.5)
+        config = dataclasses.replace(config, lr=config.lr_base * growth)
+    return dataclasses.replace(
+        config,
+        amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
+        threads=threads,
+        **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},
+        num_classes=len(data.class_names),
+    )

@@ -1,0 +1,83 @@
+"""Settings from a YAML file, as runs write them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+import yaml
+
+from apart_hf.errors import ApartError, unknown_name
+
+NOT_SETTINGS = ("config", "print_config", "resume", "override")  # flags that say what to do with the others
+
+
+def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, Any]:
+    """The settings in a YAML file of `key: value` lines, checked against `options`; null stands for "not given".
+
+    All but the name of the run that wrote it, so that the file repeats the run under a name of its own. `recipe` stays
+    where it is null: the settings are of no recipe.
+
+    Raises: ApartError where the file cannot be read, or a key or the type of a value is wrong.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ApartError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    try:
+        found = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date or number; too many brackets
+        reason = " ".join(str(error).split())
+        raise ApartError(f"--config {path}: no YAML ({reason}).") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ApartError(f"--config {path}: must hold lines `key: value`, not a {type(found).__name__}.")
+    known = {option.name: option for option in options if option.name not in NOT_SETTINGS}
+    for key in found:
+        if key not in known:
+            raise unknown_name(f"key in {path}", key if isinstance(key, str) else brief(key), known)
+    given = {key: _converted(path, known[key], value) for key, value in found.items() if value is not None}
+    given.pop("experiment", None)
+    return given | ({"recipe": None} if "recipe" in found and found["recipe"] is None else {})
+
+
+def write_config(settings: dict[str, Any]) -> str:
+    """The same as text."""
+    return yaml.safe_dump({k: v for k, v in settings.items() if k not in NOT_SETTINGS}, sort_keys=False)
+
+
+def _converted(path: str, option: dataclasses.Field, value: Any) -> Any:
+    arguments = option.metadata["arguments"]
+    if option.default is False:
+        if not isinstance(value, bool):
+            raise ApartError(f"{path}: {option.name}: {brief(value)} is neither true nor false.")
+        return value
+    kind, many = arguments["type"], "nargs" in arguments
+    if many != isinstance(value, list):
+        raise ApartError(f"{path}: {option.name}: {brief(value)} is {'no' if many else 'a'} list.")
+    try:
+        values = [_one(kind, item) for item in (value if many else [value])]
+    except (TypeError, ValueError) as error:
+        raise ApartError(f"{path}: {option.name}: {brief(value)} is no {kind.__name__}.") from error
+    choices = arguments.get("choices")
+    if choices and values[0] not in choices:
+        raise ApartError(f"{path}: {option.name}: {value!r} is none of {', '.join(choices)}.")
+    return values if many else values[0]
+
+
+def _one(kind: type, value: Any) -> Any:
+    """YAML reads 1e-3 as text, and 1 where a float is meant; a number is no text, and 2.5 no whole number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
+    if kind is str and not isinstance(value, str):
+        raise TypeError
+    if kind is int and isinstance(value, float):
+        raise TypeError
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ValueError from error

@@ -1,0 +1,144 @@
+"""Small images decoded once into memory, then augmented a whole batch at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+from torch import Tensor
+
+from apart_hf.data.dataset_base import EpochDataset
+from apart_hf.data.decoding import BadImage, bad_image, rgb
+from apart_hf.data.splits import Split
+from apart_hf.errors import ApartError
+
+LARGEST = 2**32  # bytes of decoded images that are kept in memory unasked; Tiny-ImageNet takes 2.3e9 (2.1 GiB)
+_AT_ONCE = 1000  # images decoded by one look-up
+
+
+class OtherSize(ApartError):
+    """An image that is larger or smaller than the others."""
+
+
+def fits_in_memory(images: int, edge: int, padding: int) -> bool:
+    """Whether so many images of edge x edge pixels, padded, take no more than `LARGEST`."""
+    return 4 * images * (edge + 2 * padding) ** 2 <= LARGEST
+
+
+def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | None = None) -> tuple[Tensor, Tensor]:
+    """Every image as RGB, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero; and which were decoded, (N,) bool.
+
+    Args:
+        split: not a stream.
+        edge: width and height that every image has, in pixels.
+        skip_bad: leave what cannot be decoded black.
+        progress: title of a progress bar; None: no bar.
+
+    Raises: ApartError naming the first image that has another size or, unless `skip_bad`, cannot be decoded.
+    """
+    decoded = torch.zeros(len(split), edge, edge, 4, dtype=torch.uint8)
+    good = torch.ones(len(split), dtype=torch.bool)
+    for start in tqdm(
+        range(0, len(split), _AT_ONCE),
+        main_process_only=True,
+        desc=progress,
+        unit="k images",
+        leave=False,
+        disable=progress is None or not sys.stderr.isatty(),
+    ):
+        indices = list(range(start, min(start + _AT_ONCE, len(split))))
+        for index, (encoded, _) in zip(indices, split.cells(indices)):
+            try:
+                image = rgb(encoded)
+            except BadImage as error:
+                if not skip_bad:
+                    raise bad_image(split.place(index), error) from error
+                good[index] = False
+                continue
+            if image.size != (edge, edge):
+                raise OtherSize(
+                    f"{split.place(index)} has {image.size[0]}x{image.size[1]} pixels, others {edge}x{edge}; use "
+                    "--loader workers, which resizes."
+                )
+            decoded[index, ..., :3] = torch.from_numpy(np.array(image))
+    return decoded, good
+
+
+class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
+    """Batches of (images (B, 3, H, W) float32, class indices (B,)) from decoded images.
+
+    Training images are padded with black, cropped at random and flipped: torchvision's `RandomCrop(size, padding)`,
+    `RandomHorizontalFlip`, `ToTensor` and `Normalize` with all their probabilities, but for a batch at once. What is
+    drawn depends on (seed, epoch, the batch's own indices) alone, so that any batch can be drawn again.
+
+    Give it to a DataLoader with `collate_fn=InMemoryImages.collate`; it hands over whole batches.
+
+    Args:
+        decoded: from `decode`; kept on `device`.
+        labels: (N,) class indices.
+        mean, std: per channel, of pixels in [0, 1].
+        padding: pixels on each side before the crop.
+        flip: whether to flip every second image, at random.
+        seed: of what is drawn.
+        device: where batches are made.
+        skipped: images that were left out, for `take_skipped`.
+    """
+
+    def __init__(
+        self,
+        decoded: Tensor,
+        labels: np.ndarray,
+        mean: Iterable[float],
+        std: Iterable[float],
+        *,
+        padding: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        skipped: int = 0,
+    ):
+        super().__init__()
+        self._left_out = skipped
+        self.edge, self.padding, self.flip, self.seed = decoded.shape[1], padding, flip, seed
+        if padding:
+            decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
+        # four bytes a pixel are gathered as one integer
+        self.pixels = decoded.contiguous().view(torch.int32).squeeze(-1).to(device)
+        self.labels = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)
+        self.mean, self.std = (torch.tensor(tuple(v), device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self.steps = torch.arange(self.edge, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take_skipped(self) -> int:
+        """Images passed over: those of every epoch."""
+        return self._left_out
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices, device=self.pixels.device)
+        if self.padding or self.flip:
+            found = self._augmented(rows, np.random.default_rng([self.seed, self.epoch, *indices]))
+        else:
+            found = self.pixels.index_select(0, rows)
+        bytes_of = found.view(torch.uint8).view(len(rows), self.edge, self.edge, 4)
+        images = bytes_of[..., :3].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.div_(255).sub_(self.mean).div_(self.std), self.labels[rows]
+
+    def _augmented(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
+        """Crops (B, H, W) of the padded images, half of them flipped."""
+        corners = torch.from_numpy(rng.integers(2 * self.padding + 1, size=(2, len(rows), 1)))
+        flipped = torch.from_numpy(rng.integers(2 if self.flip else 1, size=(len(rows), 1)))
+        top, left = corners.to(rows.device)
+        flipped = flipped.to(rows.device)
+        across = torch.where(flipped == 1, self.edge - 1 - self.steps, self.steps) + left
+        width = self.pixels.shape[-1]
+        lines = rows.view(-1, 1) * self.pixels.shape[1] + top + self.steps
+        return self.pixels.view(-1).take(lines.unsqueeze(-1) * width + across.unsqueeze(1))
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch

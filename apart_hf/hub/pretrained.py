@@ -1,0 +1,84 @@
+"""Trained models by name: those that come with this package, folders, and repositories of the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+
+from apart_hf.errors import ApartError, unknown_name
+from apart_hf.hub.model_folder import CONFIG, WEIGHTS, check_intact, model_cards_folder, weights_folder
+from apart_hf.utils.hub_client import attempt, check_repo_id, offline_if_unreachable
+
+
+def list_pretrained() -> list[str]:
+    """Names of the trained models that come with this package; `load_pretrained` takes them without a connection."""
+    return sorted(file.parent.name for file in model_cards_folder().glob(f"*/{CONFIG}"))
+
+
+def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Module, Callable]:
+    """A trained model in eval mode, and the transform from a PIL image to its input tensor.
+
+    Args:
+        name: one of `list_pretrained`, the folder of a run or an exported one, or a repository `user/name` of the Hub.
+        revision: branch, tag or commit of a repository.
+
+    Raises: ApartError where there is none, or the weights are not those that were exported: their sha256 is compared
+        with the one that config.json records (a folder that records none is loaded as it is).
+    """
+    folder = find_pretrained(name, revision=revision)
+    try:
+        check_intact(folder)
+    except ApartError:
+        folder = find_pretrained(name, revision=revision, afresh=True)  # what the cache holds may be damaged alone
+        check_intact(folder)
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ApartError(f"{name} is no model that timm loads ({reason}).") from error
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return model, transform
+
+
+def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = False) -> Path:
+    """The local folder of a model, fetched from the Hub where `name` is neither a released model nor a folder.
+
+    Args:
+        name, revision: see `load_pretrained`.
+        afresh: fetch again what the cache holds.
+
+    Raises: ApartError where there is none.
+    """
+    released = model_cards_folder() / name
+    if name in list_pretrained():
+        return released
+    if Path(name).is_dir():
+        folder = weights_folder(Path(name))
+        for file in (CONFIG, WEIGHTS):
+            if not (folder / file).is_file():
+                raise ApartError(f"{folder} has no {file}; name the folder of a run, or one in timm's form.")
+        return folder
+    if name.count("/") != 1:
+        raise unknown_name("pretrained model", name, list_pretrained())
+    check_repo_id(name)
+
+    def fetch() -> Path:
+        for file in (WEIGHTS, CONFIG):
+            path = hf_hub_download(name, file, revision=revision, force_download=afresh)
+        return Path(path).parent
+
+    try:
+        with offline_if_unreachable() as offline:
+            return attempt(fetch, name, reading=True)
+    except LocalEntryNotFoundError as error:
+        raise ApartError(f"{name} is no local folder, and {offline}; the cache does not hold it.") from error
+    except RemoteEntryNotFoundError as error:
+        raise ApartError(f"{name} lacks {CONFIG} or {WEIGHTS}; it is no model in timm's form.") from error
+    except RevisionNotFoundError as error:
+        raise ApartError(f"{name} has no revision {revision!r}; name a branch, tag or commit of it.") from error

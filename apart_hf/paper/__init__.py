@@ -1,0 +1,1 @@
+"""The tables and figures of the paper, our study, and what they are made of."""

@@ -1,0 +1,102 @@
+"""Differences that are tested together: paired by seed, with intervals, p-values corrected for their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from scipy.stats import ttest_rel
+
+LEVEL = 0.95  # of one interval; all together hold at it by Bonferroni's, of 1 - (1 - LEVEL) / tests
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two rows.
+
+    Args:
+        name: "ROW - ROW".
+        seeds: pairs.
+        mean: difference in per cent.
+        interval: its confidence interval at 95 % (Student's t); None: fewer than two pairs, or equal differences.
+        wide: the same at the level at which all intervals hold together (Bonferroni).
+        p: of the two-sided paired t-test; None as `interval`.
+        holm: p corrected for the number of tests (Holm, 1979).
+    """
+
+    name: str
+    seeds: int
+    mean: float
+    interval: tuple[float, float] | None
+    wide: tuple[float, float] | None
+    p: float | None
+    holm: float | None
+
+
+def compare(accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Compare pairs of rows over the seeds that both have; a pair without any is left out, but still counted.
+
+    Args:
+        accuracies: in per cent, by row and seed.
+        pairs: (row, baseline); their number is that of the tests, whatever is there.
+    """
+    tests, found = len(pairs), []
+    for row, baseline in pairs:
+        values, others = accuracies.get(row, {}), accuracies.get(baseline, {})
+        seeds = sorted(values.keys() & others.keys())
+        if not seeds:
+            continue
+        differences = [values[seed] - others[seed] for seed in seeds]
+        p = interval = wide = None
+        if len({round(difference, 9) for difference in differences}) > 1:
+            test = ttest_rel([values[seed] for seed in seeds], [others[seed] for seed in seeds])
+            p = float(test.pvalue)
+            interval, wide = (
+                tuple(map(float, test.confidence_interval(level))) for level in (LEVEL, 1 - (1 - LEVEL) / tests)
+            )
+        found.append(Comparison(f"{row} - {baseline}", len(seeds), fmean(differences), interval, wide, p, None))
+    corrected = iter(holm([one.p for one in found if one.p is not None], tests))
+    return [one if one.p is None else _with_holm(one, next(corrected)) for one in found]
+
+
+def _with_holm(one: Comparison, corrected: float) -> Comparison:
+    return Comparison(one.name, one.seeds, one.mean, one.interval, one.wide, one.p, corrected)
+
+
+def holm(values: Sequence[float], tests: int) -> list[float]:
+    """p-values corrected by Holm's step-down procedure for `tests` tests, of which some may lack a value."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (tests - rank) * values[index]))
+        corrected[index] = least
+    return corrected
+
+
+def render_comparisons(comparisons: Iterable[Comparison], tests: int) -> str:
+    """A Markdown table; empty where there is nothing to compare."""
+    lines = [
+        f"| {one.name} | {one.seeds} | {one.mean:+.2f} | {_interval(one.interval)} | {_interval(one.wide)} | "
+        f"{_p(one.p)} | {_p(one.holm)} |\n"
+        for one in comparisons
+    ]
+    level = 100 * (1 - (1 - LEVEL) / tests) if tests else 0
+    header = [
+        "difference",
+        "seeds",
+        "mean",
+        f"{100 * LEVEL:g} % interval",
+        f"{level:g} % interval",
+        "p",
+        f"p (Holm, {tests} tests)",
+    ]
+    return "".join([f"| {' | '.join(header)} |\n", f"|{' --- |' * len(header)}\n", *lines]) if lines else ""
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f"{bounds[0]:+.2f} to {bounds[1]:+.2f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

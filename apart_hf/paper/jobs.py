@@ -1,0 +1,205 @@
+"""The runs that tables are made of: which training stands behind a row and a seed, and whether a result is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apart_hf.config.arguments import parse_arguments
+from apart_hf.config.defaults import fill_defaults
+from apart_hf.config.train_config import HYPER_PARAMETERS, TrainConfig
+from apart_hf.data import DATASETS
+from apart_hf.errors import ApartError
+from apart_hf.paper.request import TableRequest
+from apart_hf.paper.scales import SCALES
+from apart_hf.paper.tables import ROWS, recipe_name
+from apart_hf.runs.resume import FREE
+from apart_hf.strategies.methods import METHODS
+
+# what a table's row, seed and scale say, or what would take results from other images
+_OWN = (
+    "seed",
+    "recipe",
+    "config",
+    "method",
+    *HYPER_PARAMETERS,
+    "every",
+    "budget",
+    "model",
+    "model_kwargs",
+    "dataset",
+    "dataset_config",
+    "data_dir",
+    "output",
+    "experiment",
+    "resume",
+    "override",
+    "print_config",
+    "val_fraction",
+    "streaming",
+    "push_to_hub",
+    "on_bad_image",
+)
+# what changes how a result is computed, but not what is computed
+_HOW = {
+    "amp",
+    "amp_dtype",
+    "channels_last",
+    "torchcompile",
+    "loader",
+    "val_interval",
+    "grad_checkpointing",
+    "validation_batch_size",
+    "sync_bn",
+    "eval_metric",
+    "on_nonfinite",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Args:
+        name: also its result's.
+        row: of the table.
+        seed: of the training.
+        flags: flags of `train`, by table, row, seed and scale.
+        more: further ones, that all runs are given.
+        places: settings that say where the data are and where the run goes.
+    """
+
+    name: str
+    row: str
+    seed: int
+    flags: list[str]
+    more: list[str]
+    places: dict[str, str]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of `train`."""
+        return [*self.flags, *self.more, *flags_of(self.places)]
+
+    @property
+    def config(self) -> TrainConfig:
+        return fill_defaults(parse_arguments(self.arguments))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        settings = dataclasses.asdict(self.config)
+        idle = {"lr_base_size", "lr_base_scale"} if settings["lr_base"] is None else set()
+        return {key: value for key, value in settings.items() if key not in FREE | idle}
+
+    @property
+    def cost(self) -> float:
+        """Passes over the data, in units of those of the recipe's plain training."""
+        config, given = self.config, parse_arguments(self.arguments)
+        passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
+        return passes * config.epochs / fill_defaults(dataclasses.replace(given, budget=None)).epochs
+
+
+def setting(request: TableRequest, dataset: str, model: str) -> str:
+    """Dataset and model in names of runs and tables; a scale may take another model on the same data."""
+    scale = SCALES[request.scale].settings
+    return f"{dataset}-{model if 'dataset' in scale else scale.get('model', model)}"
+
+
+def make_job(request: TableRequest, dataset: str, model: str, row: str, seed: int) -> Job:
+    """The run of a row and a seed.
+
+    Raises: ApartError where the flags for every run set what is the table's.
+    """
+    scale, known = SCALES[request.scale], ROWS[row]
+    name = f"{setting(request, dataset, model)}-{row}-{request.scale}-{seed}"
+    settings = {"recipe": recipe_name(dataset, model, known), "seed": seed}
+    settings |= {} if known.budget is None else {"budget": known.budget}
+    settings |= scale.settings | known.settings
+    method = settings.get("method", known.recipe.removesuffix("-mixup"))
+    if scale.groups is not None and "groups" in METHODS[method].hyper_parameters():
+        settings.setdefault("groups", scale.groups)
+    flags = flags_of(settings)
+    _check_more(flags, list(request.more))
+    places = {"output": str(request.output), "experiment": name, "resume": "auto"}
+    if scale.reduction is not None:
+        places["data_dir"] = str(_reduced(request, dataset))
+    elif request.data_dir is not None and "dataset" not in scale.settings:
+        places["data_dir"] = request.data_dir
+    return Job(name, row, seed, flags, list(request.more), places)
+
+
+def _reduced(request: TableRequest, dataset: str) -> Path:
+    part, source = SCALES[request.scale].reduction, dataset
+    if request.data_dir is not None:  # another folder is other data
+        source += f"-{hashlib.sha256(str(Path(request.data_dir).resolve()).encode()).hexdigest()[:8]}"
+    return request.output / f"{source}-{part.classes}x{part.images}-{part.edge}px"
+
+
+def flags_of(settings: dict[str, Any]) -> list[str]:
+    found = []
+    for key, value in settings.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        found += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return found
+
+
+def _check_more(flags: list[str], more: list[str]) -> None:
+    plain, full = parse_arguments(flags), parse_arguments([*flags, *more])
+    for key in _OWN:
+        if getattr(plain, key) != getattr(full, key):
+            flag = f"--{key.replace('_', '-')}"
+            raise ApartError(f"{flag} after --: the table, its rows and --seeds decide that; leave it out.")
+
+
+def differing(run: Job, result: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which a result differs from a run: (the result's, the run's)."""
+    before = dataclasses.asdict(TrainConfig()) | result["settings"]  # options that came later had their defaults
+    return {key: (before[key], now) for key, now in run.settings.items() if before[key] != now}
+
+
+def changed(run: Job, result: dict[str, Any]) -> str:
+    """The same in words."""
+    return ", ".join(f"{key}: {before}, now {now}" for key, (before, now) in differing(run, result).items())
+
+
+def extra(run: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """What a result was computed with beyond its row and scale: settings that decide what is computed, not how."""
+    found = differing(dataclasses.replace(run, more=[]), result)
+    return {key: before for key, (before, _) in found.items() if key not in _HOW}
+
+
+def is_published(run: Job, result: dict[str, Any]) -> bool:
+    """Whether a result is of the paper's settings and of a dataset's own images, as many as it has."""
+    own = result.get("whole") and result.get("images") == DATASETS[run.config.dataset].train_size
+    return bool(own) and not extra(run, result) and result["processes"] == 1
+
+
+def unknown_rows(results: Iterable[dict[str, Any]], where: str, scale: str) -> list[dict[str, Any]]:
+    """The results of a setting and scale whose rows are in no table: of methods that were tried and not kept."""
+    return [
+        result
+        for result in results
+        if result["row"] not in ROWS and result["run"] == f"{where}-{result['row']}-{scale}-{result['seed']}"
+    ]
+
+
+def check_together(results: Iterable[dict[str, Any]]) -> None:
+    """Raise ApartError where results of one table were made of other images, in another arithmetic, or with other flags
+    beyond their rows' (`extra`). Each is compared in what it has of these."""
+    first: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for key in ("data", "amp_dtype", "processes", "extra"):
+            if key not in result:
+                continue
+            other = first.setdefault(key, result)
+            if other[key] != result[key]:
+                what = "what they have beyond their rows" if key == "extra" else key
+                raise ApartError(
+                    f"{other['run']} and {result['run']} cannot stand in one table: {what} is {other[key]} and "
+                    f"{result[key]}; keep such results in folders of their own, by --results."
+                )

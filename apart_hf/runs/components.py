@@ -1,0 +1,86 @@
+"""What a run is made of, from its settings: accelerator, data settings, optimizer, scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from apart_hf.config.train_config import TrainConfig
+from apart_hf.data import DataSettings
+from apart_hf.errors import ApartError, first_line
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype]
+    for variable, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ApartError(
+                f"{name} shards weights or gradients, which the second pass needs whole on each process; launch with "
+                "plain data parallelism (accelerate launch --multi_gpu)."
+            )
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=config.report_to,
+        project_dir=config.output,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        dynamo_backend="inductor" if config.torchcompile else None,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ApartError("float16 needs a GPU (accelerate scales no gradients on the CPU); use --amp-dtype bfloat16.")
+    if config.expect_processes not in (None, accelerator.num_processes):
+        raise ApartError(
+            f"{accelerator.num_processes} process(es) were started, not {config.expect_processes}; accelerate launch "
+            "--cpu starts one: use torchrun, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+        )
+    if config.sync_bn and accelerator.device.type == "cpu":
+        raise ApartError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU; leave the flag out.")
+    return accelerator
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=False,
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ApartError(f"cannot create optimizer {config.opt!r}: {first_line(error)}.") from error
+
+
+def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
+    half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        decay_milestones=[m + half_a_step for m in config.decay_milestones],
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def data_settings(config: TrainConfig) -> DataSettings:
+    names = [field.name for field in dataclasses.fields(DataSettings) if hasattr(config, field.name)]
+    return DataSettings(**{name: getattr(config, name) for name in names}, skip_bad=config.on_bad_image == "skip")

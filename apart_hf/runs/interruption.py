@@ -1,0 +1,154 @@
+"""Signals that ask a run to stop: it finishes its step and writes a checkpoint; a second one stops it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from apart_hf.errors import ApartError
+from apart_hf.utils.processes import SIGNALS, from_main_process
+
+if TYPE_CHECKING:
+    from apart_hf.runs.folder import RunFolder
+    from apart_hf.training.trainer import Trainer
+
+
+EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and can be resumed."""
+
+
+class ProcessLost(Interrupted):
+    """Another process, of the run or of a loader, has ended or no longer answers; only this one may know."""
+
+
+# of RuntimeErrors from gloo; NCCL and the store raise torch's DistError
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Within, an exchange that fails because a process is gone raises ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next((sign for sign in _LOST if "gloo" in str(error) and sign in str(error)), type(error).__name__)
+        if not isinstance(error, dist.DistError) and reason not in _LOST:
+            raise
+        raise ProcessLost(
+            f"another process of this run has ended or does not answer ({reason}); look for its own message. The last "
+            "checkpoint, where there is one, is intact."
+        ) from error
+
+
+class StopRequest:
+    """Whether any process of the run was asked to stop.
+
+    Args:
+        accelerator: of the run; None: there is none yet.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self.accelerator, self.name, self.patient, self.at_once = accelerator, "", False, False
+
+    def __bool__(self) -> bool:
+        """Asked of all processes at the same step, so that they stop together."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.name)
+        asked = torch.tensor(int(bool(self.name)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum"))
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, the first signal is noted and the second one has its usual effect.
+
+        Raises: Interrupted at once where nobody waits for the end of a step, see `noting`.
+        """
+
+        def note(number: int, frame) -> None:
+            self.name = signal.Signals(number).name
+            for one, usual in before.items():
+                signal.signal(one, signal.SIG_DFL if one is not signal.SIGINT else usual)
+            if not self.patient:
+                self.at_once = True
+                raise KeyboardInterrupt  # which libraries let through
+
+        try:
+            before = {number: signal.signal(number, note) for number in SIGNALS}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.at_once:
+                raise
+            raise Interrupted(f"stopped by {self.name} between training steps.") from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Within, a signal is only noted: the run asks at the end of each step."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
+
+class Schedule:
+    """What is done after each optimizer step: a checkpoint where one is due, or where the run is to stop.
+
+    Args:
+        interval: (steps, seconds) between checkpoints; None: not by that.
+        run: the folder, which saves.
+        trainer: what is saved.
+        stop: whether to stop.
+    """
+
+    def __init__(self, interval: tuple[int | None, float | None], run: RunFolder, trainer: Trainer, stop: StopRequest):
+        self.steps, self.seconds = interval
+        self.run, self.trainer, self.stop = run, trainer, stop
+        self.last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Raises: Interrupted after the checkpoint of a run that is to stop."""
+        stopping = bool(self.stop)
+        if stopping or self._due():
+            self.run.save(self.trainer)
+            self.last = time.monotonic()
+        if stopping:
+            raise self._interrupted()
+
+    def check(self) -> None:
+        """After an epoch, whose checkpoint has been written. Raises: Interrupted where the run is to stop."""
+        self.last = time.monotonic()
+        if self.stop:
+            raise self._interrupted()
+
+    def _due(self) -> bool:
+        if self.steps is not None:
+            return self.trainer.steps % self.steps == 0
+        if self.seconds is None:
+            return False
+        due = time.monotonic() - self.last >= self.seconds
+        return broadcast_object_list([due])[0]  # the clock of one process counts
+
+    def _interrupted(self) -> Exception:
+        kept, _ = from_main_process(self.run.accelerator, self.run.checkpoints.newest)
+        name = self.stop.name or "a signal to another process"
+        if kept is None:
+            return ApartError(f"stopped by {name} after step {self.trainer.steps}, and no checkpoint could be written.")
+        return Interrupted(f"stopped by {name} after step {self.trainer.steps}; the last checkpoint is {kept}.")

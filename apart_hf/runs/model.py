@@ -1,0 +1,116 @@
+"""The network of a run, from its settings and its data."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.layers import convert_sync_batchnorm
+from timm.models import load_state_dict
+from torch import nn
+
+from apart_hf.config.train_config import TrainConfig
+from apart_hf.data import ImageData, data_config
+from apart_hf.errors import ApartError, first_line
+from apart_hf.runs.failures import is_out_of_memory
+from apart_hf.utils.hub_client import offline_if_unreachable
+
+
+def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
+    """The timm model for the data's classes, and timm's description of its evaluation images."""
+    kwargs = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
+    kwargs = {key: value for key, value in kwargs.items() if value} | _model_kwargs(config)
+    try:
+        source = timm.get_pretrained_cfg(config.model)
+        if source is not None and source.fixed_input_size and config.img_size is not None:
+            kwargs["img_size"] = config.img_size
+        with offline_if_unreachable():  # weights may be in the cache
+            model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+    except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ApartError(f"cannot create model {config.model!r}: {first_line(error)}") from error
+    if config.initial_checkpoint is not None:
+        load_weights(model, config.initial_checkpoint)
+    size = data_config(
+        model.pretrained_cfg,
+        data.image_size,
+        img_size=config.img_size,
+        mean=config.mean or data.spec.mean,
+        std=config.std or data.spec.std,
+        crop_pct=config.crop_pct,
+        interpolation=None if config.interpolation == "random" else config.interpolation,
+    )
+    try:
+        with torch.no_grad():
+            output = model.eval()(torch.zeros(1, *size["input_size"]))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        edge, usual = size["input_size"][-1], model.pretrained_cfg["input_size"][-1]
+        raise ApartError(
+            f"model {config.model!r} does not take images of {edge} pixels ({first_line(error)}); "
+            f"try --img-size {usual}, the model's own."
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != (1, len(data.class_names)):
+        raise ApartError(
+            f"model {config.model!r} does not give one value for each of the {len(data.class_names)} classes; leave "
+            "--model-kwargs such as features_only out."
+        )
+    if config.sync_bn:
+        model = convert_sync_batchnorm(model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model, size
+
+
+def _model_kwargs(config: TrainConfig) -> dict[str, Any]:
+    """--model-kwargs as timm reads it: Python literals, else text."""
+    found = {}
+    for pair in config.model_kwargs or ():
+        key, _, value = pair.partition("=")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two of too deep a nesting
+            found[key] = value
+    return found
+
+
+def load_weights(model: nn.Module, file: str) -> None:
+    """Weights from a safetensors file or a state_dict; a classifier of another size keeps its random start.
+
+    Raises: ApartError where the file cannot be read without running code from it, or belongs to another model.
+    """
+    if not os.path.isfile(file):  # False for a name that no file can have
+        raise ApartError(f"--initial-checkpoint {file}: there is no such file.")
+    try:
+        state = load_state_dict(file, weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise ApartError(f"--initial-checkpoint {file}: cannot be read ({first_line(error)}).") from error
+    own = model.state_dict()
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    for key in [k for k in state if k.rsplit(".", 1)[0] in heads and k in own and state[k].shape != own[k].shape]:
+        state[key] = own[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ApartError(f"--initial-checkpoint {file}: its weights are of another model ({reason}).") from error

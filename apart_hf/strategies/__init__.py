@@ -1,0 +1,1 @@
+"""How p.grad is filled for one batch: methods, the two-pass scheme, and what it perturbs."""

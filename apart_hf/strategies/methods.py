@@ -1,0 +1,130 @@
+"""The methods by name: which perturbations each combines, and the strategy that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from apart_hf.errors import ApartError, unknown_name
+from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
+from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.two_pass import TwoPassStrategy
+from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, Weights
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named point of the scheme.
+
+    Args:
+        summary: one line for `--help` and the docs.
+        perturbations: what is moved before the second pass; none: a plain step.
+        keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
+            False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
+        defaults: hyper-parameters that differ from the perturbations' own defaults.
+    """
+
+    summary: str
+    perturbations: tuple[type[Perturbation], ...] = ()
+    keeps_clean_gradient: bool = True
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter of the method with its default: numbers, then options."""
+        found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
+        if self.perturbations and self.keeps_clean_gradient:
+            found["ratio"] = 1.0
+        found |= self.defaults
+        return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
+
+    def passes(self, ratio: float = 1.0, every: int = 1) -> float:
+        """Mean cost of a step in passes over the batch: 1 for a plain step, 1 + ratio for one with a second pass."""
+        return 1 + ratio / every if self.perturbations else 1.0
+
+
+METHODS: dict[str, Method] = {
+    "standard": Method("one ordinary pass"),
+    "apart": Method("perturbed BN statistics (Algorithm 1)", (AdversarialStatistics,)),
+    "sam": Method("perturbed weights (Foret et al. 2021)", (Weights,), keeps_clean_gradient=False),
+    "apart-sam": Method("both at once (Section 3.3)", (AdversarialStatistics, Weights), defaults={"rho": 0.2}),
+    "asam": Method(
+        "weights perturbed in proportion to their size (Kwon et al. 2021)",
+        (AdaptiveWeights,),
+        keeps_clean_gradient=False,
+    ),
+    "apart-asam": Method("apart and asam at once", (AdversarialStatistics, AdaptiveWeights)),
+    "sam-on": Method(
+        "weights of normalisation layers perturbed (Mueller et al. 2023)",
+        (NormalisationWeights,),
+        keeps_clean_gradient=False,
+    ),
+    "random-bn": Method("apart with random signs", (RandomStatistics,)),
+    "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
+}
+
+
+def list_strategies() -> list[str]:
+    """The names that `create_strategy` takes."""
+    return list(METHODS)
+
+
+def create_strategy(
+    name: str,
+    model: nn.Module,
+    *,
+    accelerator=None,
+    generator: torch.Generator | None = None,
+    autocast: Callable[[], AbstractContextManager] | None = None,
+    **hyper: Any,
+) -> TwoPassStrategy:
+    """Make the strategy `name` for `model`.
+
+    Args:
+        name: one of `list_strategies()`.
+        model: the network; may be wrapped (DDP, compiled). After `accelerator.prepare`, where that is used.
+        accelerator: an `accelerate.Accelerator`; its `backward` is then the default backward.
+        generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
+            generator.
+        autocast: makes the context of the two forwards and their losses; the backwards stay outside of it.
+        **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()`): epsilon, groups, ratio, rho, ...
+
+    Raises: ApartError (a ValueError) for an unknown method or hyper-parameter, a value out of range, or a model that
+        the method does not take: without the layers that it perturbs, with a BN class that has a forward of its own,
+        or sharded.
+    """
+    known = check_hyper_parameters(name, hyper)
+    _refuse_sharded(model)
+    method = METHODS[name]
+    return TwoPassStrategy(
+        name, method, model, known | hyper, accelerator=accelerator, generator=generator, autocast=autocast
+    )
+
+
+def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
+    """The hyper-parameters of the method `name` with their defaults.
+
+    Raises: ApartError where there is no such method, or it lacks one that is named in `hyper`.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    known = METHODS[name].hyper_parameters()
+    for key in hyper:
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ApartError(f"method {name!r} has no hyper-parameter {key!r}; {has}.")
+    return known
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineEngine"):
+                raise ApartError(
+                    f"the model is sharded ({kind.__name__}), and the second pass needs whole weights and gradients on "
+                    "each process; use DistributedDataParallel."
+                )

@@ -1,0 +1,49 @@
+"""Loss and accuracy over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather, pad_across_processes
+from torch import nn
+
+from apart_hf.data import IGNORED
+from apart_hf.errors import ApartError
+from apart_hf.training.metrics import K, TopKAccuracy
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> dict[str, float]:
+    """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent.
+
+    Args:
+        network: without DDP, which expects as many batches of every process; left in eval mode.
+        loader: batches of this process's share of the images; shares may differ in size. Rows of class `IGNORED` are
+            left out.
+        accelerator: its arithmetic is used, and its processes join their shares.
+
+    Returns: eval_loss, top1, top5.
+    """
+    network.eval()
+    device = accelerator.device
+    best = [torch.empty(0, K, dtype=torch.int64, device=device)]
+    labels, losses = [torch.empty(0, dtype=torch.int64, device=device)], [torch.empty(0, device=device)]
+    for images, targets in loader:
+        with accelerator.autocast():
+            output = network(images).float()
+        losses.append(nn.functional.cross_entropy(output, targets, reduction="none", ignore_index=IGNORED))
+        first = output.topk(min(K, output.shape[-1])).indices
+        best.append(nn.functional.pad(first, (0, K - first.shape[-1]), value=IGNORED))
+        labels.append(targets)
+    best, labels, losses = (
+        gather(pad_across_processes(torch.cat(parts), pad_index=IGNORED)) for parts in (best, labels, losses)
+    )
+    seen = labels != IGNORED
+    if not seen.any():
+        raise ApartError("the evaluation split has no image that can be decoded; check --val-split.")
+    metric = TopKAccuracy(keep_in_memory=True)
+    metric.add_batch(predictions=best[seen].cpu().numpy(), references=labels[seen].cpu().numpy())
+    result = metric.compute()
+    return {"eval_loss": losses[seen].mean().item(), "top1": result["top1"], "top5": result["top5"]}

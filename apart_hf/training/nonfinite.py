@@ -1,0 +1,209 @@
+"""Steps whose loss or gradient is not finite: found before the weights follow, then left out or the end of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from apart_hf.errors import ApartError
+from apart_hf.training.diagnosis import first_nonfinite_layer
+
+PATIENCE = 100  # steps in a row without a usable one, after which a run ends
+
+
+class NonFinite(ApartError):
+    """Training cannot go on from here; the message says at which step, and where the first such value is.
+
+    `state_is_useless`: a checkpoint of this step would only end here again.
+    """
+
+    state_is_useless = False
+
+
+class Guard:
+    """Judges every optimizer step before it is made, with one look at the device for each batch.
+
+    A step is bad where a batch's loss, a running statistic, or a gradient is not finite. All
+    processes come to the same verdict. With a gradient scaler, non-finite gradients are its own business, which lowers
+    the scale and leaves the step out; loss and statistics are judged there too.
+
+    Args:
+        accelerator: has prepared model and optimizer.
+        model, optimizer: in any wrapper.
+        ema: the average of the weights, if any.
+        skip: leave bad steps out. False: the first one ends the run.
+
+    `good` is the verdict on the latest step, `skipped` counts the bad ones of an epoch, `in_a_row` the latest ones that
+    were bad or left out by the gradient scaler.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: ModelEmaV3 | None = None,
+        skip: bool = False,
+    ):
+        self.accelerator, self.model, self.optimizer, self.ema, self.skip = accelerator, model, optimizer, ema, skip
+        self.good, self.skipped, self.in_a_row = True, 0, 0
+        self.network = accelerator.unwrap_model(model, keep_torch_compile=False)
+        # a buffer may hold infinities by design, such as a mask
+        self._watched = {n: b for n, b in self.network.named_buffers() if b.is_floating_point() and b.isfinite().all()}
+        buffers = list(self.network.buffers()) if skip else []
+        self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
+        self._kept = [[b.clone() for b in alike] for alike in self._buffers]  # as they were before the step
+        self._within = False  # a step, of which a batch has been seen
+        self._suspect: tuple[Tensor, Tensor] | None = None
+
+    def before(self) -> None:
+        """To be called before each batch: a step that is left out leaves no trace in running statistics either."""
+        if not self._within:
+            self._copy(self._buffers, self._kept)
+            self._within = True
+
+    def judge(self, step: int, images: Tensor, loss: Tensor) -> bool:
+        """To be called after the gradient of each batch: whether the optimizer's step is to be made.
+
+        Args:
+            step: its number, from 1.
+            images: of the batch.
+            loss: of its clean pass.
+
+        Raises: NonFinite where the run is to end.
+        """
+        last = self.accelerator.sync_gradients
+        if self._suspect is None and not torch.stack([loss, *self._sizes(last)]).isfinite().all():
+            self._suspect = images, loss
+        if not last:
+            return False
+        self.good = not self._anywhere(self._suspect is not None)
+        if not self.good:
+            self._leave_out(step, *(self._suspect or (images, loss)))
+        self._within, self._suspect = False, None
+        return self.good
+
+    def after(self, step: int) -> None:
+        """To be called after the optimizer's step. Raises: NonFinite where the gradient scaler has given up."""
+        if not self.optimizer.step_was_skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if self.in_a_row >= PATIENCE:
+            raise NonFinite(
+                f"step {step}: the gradient has overflowed in {PATIENCE} steps in a row, at a gradient scale of "
+                f"{self.accelerator.scaler.get_scale():g} by now and learning rate {self._lr():g}."
+            )
+
+    def check_state(self, step: int) -> None:
+        """Raises: NonFinite where what training leaves is not finite: weights, statistics, optimizer or average."""
+        bad = next((name for name, tensor in self._state() if not tensor.isfinite().all()), "")
+        bad = next((name for name in gather_object([bad]) if name), None)
+        if bad is not None:
+            raise NonFinite(f"after step {step}, at learning rate {self._lr():g}, {bad} is not finite.")
+
+    def check_evaluation(self, step: int, loss: float) -> None:
+        """Raises: NonFinite where the network's weights are finite, but of no use."""
+        if not math.isfinite(loss):
+            found = NonFinite(f"after step {step}, at learning rate {self._lr():g}, the evaluation's loss is {loss:g}.")
+            found.state_is_useless = True
+            raise found
+
+    def check_epoch(self, step: int, seen: float) -> None:
+        """Raises: NonFinite where no sample of an epoch was `seen` in a step that was made."""
+        if not seen:
+            raise NonFinite(f"step {step}: the whole epoch had no step with finite loss and gradient.")
+
+    def take_skipped(self) -> int:
+        """Steps left out since the last call."""
+        count, self.skipped = self.skipped, 0
+        return count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+    def _leave_out(self, step: int, images: Tensor, loss: Tensor) -> None:
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self._copy(self._kept, self._buffers)
+        if not self.skip:
+            raise NonFinite(f"step {step}: {self._cause(images, loss)}.")
+        if self._anywhere(any(not tensor.isfinite().all() for _, tensor in self._state())):
+            raise NonFinite(f"step {step}: {self._cause(images, loss)}. It is too late to leave the step out.")
+        if self.in_a_row >= PATIENCE:
+            raise NonFinite(f"step {step}, the {PATIENCE}th in a row to be left out: {self._cause(images, loss)}.")
+
+    def _cause(self, images: Tensor, loss: Tensor) -> str:
+        """Loss, learning rate, and the first value that is not finite, of the process where it comes earliest."""
+        with self.accelerator.autocast():
+            rank, where = self._first(images)
+        _, loss, where = min(gather_object([(rank, f"{loss.item():g}", where)]))
+        return f"loss {loss}, learning rate {self._lr():g}; the first non-finite values are in {where}"
+
+    def _first(self, images: Tensor) -> tuple[int, str]:
+        """Where: (how early, 0 first; in words).
+
+        Parameters, images, the outputs of layers in the order in which a clean pass computes them, running statistics,
+        and gradients in the order in which they were computed, from the last layer to the first.
+        """
+        layer = first_nonfinite_layer(self.network, images)
+        gradients = ((name, p.grad) for name, p in self.network.named_parameters() if p.grad is not None)
+        places = (
+            ("the parameter {}", self.network.named_parameters()),
+            ("the images{}", [("", images)]),
+            ("the output of layer {}", [] if layer is None else [(layer, torch.tensor(torch.nan))]),
+            ("{}", self._watched.items()),
+            ("the gradient of {}", reversed(list(gradients))),
+        )
+        for place, (words, named) in enumerate(places):
+            name = next((name for name, tensor in named if not tensor.isfinite().all()), None)
+            if name is not None:
+                return place, words.format(name)
+        return len(places), "the loss alone"
+
+    def _lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _sizes(self, last: bool) -> Iterable[Tensor]:
+        """Largest values, which are finite where running statistics and, after the last batch of a step, gradients are.
+
+        Sums may overflow where no value does.
+        """
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None and p.grad.numel()]
+        if self._watched:
+            yield from torch._foreach_norm(list(self._watched.values()), math.inf)
+        if last and gradients and self.accelerator.scaler is None:
+            yield from torch._foreach_norm(gradients, math.inf)
+
+    @staticmethod
+    def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
+        for values, places in zip(source, target):
+            torch._foreach_copy_(places, values)
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on any process."""
+        if self.accelerator.num_processes == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum"))
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of all that training carries from step to step."""
+        yield from self.network.named_parameters()
+        yield from self._watched.items()
+        if self.ema is not None:
+            average = self.ema.module.state_dict()
+            yield from ((f"the average of {name}", average[name]) for name, _ in self.network.named_parameters())
+        names = {p: name for name, p in self.network.named_parameters()}
+        for p, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    yield f"the optimizer's {key} of {names.get(p)}", value

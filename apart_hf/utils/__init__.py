@@ -1,0 +1,1 @@
+"""Helpers that know nothing of training: files, processes, the command line, the Hub's client, plots."""

@@ -1,0 +1,122 @@
+"""What all commands share: a parser whose errors are one line, and how a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from apart_hf.errors import ApartError, OneProcessError, one_line
+from apart_hf.utils.processes import rank
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad input ends in one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from `least` to `most`."""
+
+    def integer(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return int(text)
+
+    return integer
+
+
+def run_command(command: Callable[[str], object]) -> None:
+    """Run `command(prog)`; an ApartError ends in one line on stderr and exit code 2.
+
+    The line is that of the first process, or of the one that met the error.
+    """
+    prog = Path(sys.argv[0]).name
+    try:
+        with forgiving_output(), logging_to_output():
+            command(prog)
+    except ApartError as error:
+        if rank() == 0 or isinstance(error, OneProcessError):
+            process = f"process {rank()}: " if rank() else ""
+            print(f"{prog}: error: {process}{one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+class _Forgiving:
+    """A stream that goes nowhere from its first failure on, after one line on stderr."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        with contextlib.suppress(OSError):  # it may be the same file
+            print(
+                f"warning: standard output cannot be written ({error.strerror}); no more is said there.",
+                file=sys.stderr,
+                flush=True,
+            )
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # so that what is still buffered cannot fail either
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def forgiving_output() -> Iterator[None]:
+    """Within, a failing standard output is no error."""
+    before, sys.stdout = sys.stdout, _Forgiving(sys.stdout)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout = before
+
+
+class _Output(logging.StreamHandler):
+    """Writes to whatever standard output is at that moment."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+
+@contextlib.contextmanager
+def logging_to_output() -> Iterator[None]:
+    """Within, what this package logs is written to standard output, by the first process of a run alone."""
+    logger, handler = logging.getLogger("apart_hf"), _Output()
+    handler.addFilter(lambda record: rank() == 0)
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates

@@ -1,0 +1,66 @@
+"""The processes of a run: how many, which one this is, their threads, and the signals that stop them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from apart_hf.errors import ApartError
+
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def rank() -> int:
+    """Number of this process in its run, also before there is an accelerator to ask."""
+    return int(os.environ.get("RANK", 0))
+
+
+def from_main_process(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
+    """What `call` gives on the main process, where alone it runs; or the ApartError that it raises there, on all."""
+    found = problem = None
+    if accelerator.is_main_process:
+        try:
+            found = call()
+        except ApartError as error:
+            problem = error
+    found, problem = broadcast_object_list([found, problem])
+    if problem is not None:
+        raise problem
+    return found
+
+
+def use_threads(threads: int | None, local_processes: int) -> int:
+    """Set the CPU threads of this process and return them.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where nobody set it, which would leave all cores but one idle on a CPU
+    run; so 1 is taken as "not set". Any other value, or `threads`, is what the user asked for.
+    """
+    if threads is None:
+        asked = os.environ.get("OMP_NUM_THREADS", "1")
+        threads = int(asked) if asked.isdigit() and int(asked) > 1 else max(1, cores() // local_processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+
+
+def in_a_group_of_its_own(worker: int) -> None:
+    """For loader processes: launchers and terminals signal a whole group, and the run needs them to finish its step.
+
+    They end with the run, which tells them to.
+    """
+    os.setpgrp()

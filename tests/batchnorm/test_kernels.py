@@ -1,0 +1,81 @@
+"""Every kernel and memory layout of grouped batch normalisation against the naive formula, in float64 and float32."""
+
+import pytest
+import torch
+
+from apart_hf.batchnorm import kernels
+from apart_hf.batchnorm.functional import perturbed_batch_norm
+from apart_hf.batchnorm.kernels import Grouping
+
+SHAPES = {
+    "nchw": (8, 3, 5, 4),
+    "channels_last": (8, 3, 5, 4),
+    "tokens": (24, 3),
+    "windows": (16, 3, 2, 2),
+    "sequence": (8, 3, 7),
+    "video": (8, 3, 2, 3, 2),
+}
+
+
+def naive(x, gamma, beta, delta_mu, delta_sigma, eps, groups, rows, blocks):
+    """Each group by itself, and put back where its samples were."""
+    samples = len(x) // rows
+    per_sample = x.reshape(samples, rows, *x.shape[1:])
+    out = torch.empty_like(per_sample)
+    for k in range(groups):
+        mine = slice(k * samples // groups, (k + 1) * samples // groups) if blocks else slice(k, None, groups)
+        part = per_sample[mine].flatten(0, 1)
+        dims, vector = [d for d in range(part.dim()) if d != 1], [1, -1] + [1] * (part.dim() - 2)
+        mu, var = part.mean(dims), part.var(dims, correction=0)
+        sigma = (var + eps).sqrt()
+        shifted = (part - mu.view(vector)) / sigma.view(vector) - (delta_mu * (mu / sigma).detach()).view(vector)
+        y = (gamma * (1 + delta_sigma)).view(vector) * shifted + beta.view(vector)
+        out[mine] = y.view(-1, rows, *x.shape[1:])
+    return out.view_as(x)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("composed", [False, True], ids=["chosen", "composed"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["interleaved", "blocks"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", SHAPES)
+def test_agrees_with_the_naive_formula(layout, groups, blocks, fast, composed, dtype, tolerance, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(kernels, "_has_fast_statistics", lambda *_: False)
+    if composed:
+        monkeypatch.setattr(kernels, "_composes_forward", lambda *_: True)
+        monkeypatch.setattr(kernels, "_composes_backward", lambda *_: True)
+    g = torch.Generator().manual_seed(0)
+    shape = SHAPES[layout]
+    rows = shape[0] // 8
+    values = [
+        torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 1,
+        *(torch.randn(3, generator=g, dtype=torch.float64) for _ in range(4)),
+    ]
+    weights = torch.randn(shape, generator=g, dtype=torch.float64)
+    if layout == "channels_last":
+        values[0], weights = (t.contiguous(memory_format=torch.channels_last) for t in (values[0], weights))
+    want_in = [v.clone().requires_grad_() for v in values]
+    want = naive(*want_in, 1e-3, groups, rows, blocks)
+    (want * weights).sum().backward()
+
+    got_in = [v.to(dtype).requires_grad_() for v in values]
+    got = perturbed_batch_norm(*got_in, eps=1e-3, grouping=Grouping(groups, rows, blocks))
+    (got * weights.to(dtype)).sum().backward()
+    assert got.stride() == want.stride() and got.dtype == dtype
+    for a, b in zip([got, *(t.grad for t in got_in)], [want, *(t.grad for t in want_in)]):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    with torch.no_grad():
+        got.relu_()  # an in-place activation may follow
+
+
+def test_large_means_keep_their_digits():
+    """float32 statistics of activations far from zero: as exact as the framework's own kernels."""
+    x = (torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(0)) + 300).contiguous(
+        memory_format=torch.channels_last
+    )
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    want = torch.cat([torch.nn.functional.batch_norm(part, None, None, training=True) for part in x.chunk(2)])
+    got = perturbed_batch_norm(x, ones, zeros, zeros, zeros, eps=1e-5, grouping=Grouping(2, blocks=True))
+    assert (got - want).abs().max() < 1e-4

@@ -1,0 +1,92 @@
+"""The README is true: its code runs, its flags exist, its tables are the code's own."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from apart_hf.cli import analyse, push_to_hub, validate
+from apart_hf.config.arguments import parse_arguments
+from apart_hf.config.recipes import RECIPES
+from apart_hf.data import DATASETS
+from apart_hf.paper import reproduce
+from apart_hf.strategies.methods import METHODS
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_loop_runs():
+    (loop,) = blocks("python")
+    scope = {}
+    exec(loop, scope)
+    assert scope["loss"].isfinite() and scope["output"].shape == (32, 10)
+
+
+def commands(script):
+    shell = "".join(blocks("bash")).splitlines()
+    found = [shlex.split(line) for line in shell if script in line]
+    return [command[command.index(script) + 1 :] for command in found]
+
+
+def test_every_train_command_parses():
+    found = commands("scripts/train.py")
+    assert len(found) == 8
+    for arguments in found:
+        parse_arguments(arguments)
+
+
+def test_every_analyse_command_parses(monkeypatch):
+    parsed = []
+    monkeypatch.setattr(analyse, "_run", parsed.append)
+    for arguments in commands("scripts/analyse.py"):
+        analyse.main(arguments)
+    assert [args.figure for args in parsed] == ["attack", "robustness"]
+
+
+def test_every_table_command_parses(capsys, tmp_path):
+    found = commands("scripts/reproduce.py")
+    assert len(found) == 4
+    for arguments in found:
+        reproduce.main([*arguments, "--dry-run", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.count("python scripts/train.py --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 4
+
+
+def test_every_flag_exists(capsys):
+    for command, *figure in (
+        (parse_arguments,),
+        (push_to_hub.main,),
+        (reproduce.main,),
+        (validate.main,),
+        (analyse.main, "attack"),
+        (analyse.main, "robustness"),
+    ):
+        with pytest.raises(SystemExit):
+            command([*figure, "--help"])
+    flags = capsys.readouterr().out
+    prose = re.sub(r"```.*?```|`python [^`]*`", "", README, flags=re.S)  # other programs have flags of their own
+    assert all(flag in flags for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose))
+
+
+def test_the_table_of_methods():
+    rows = dict(re.findall(r"^\| `([a-z][a-z-]*)` \|[^|]*\|([^|]*)\|[^|]*\|$", README, re.M))
+    assert rows.keys() == METHODS.keys()
+    for name, cell in rows.items():
+        documented = {key: float(value) for key, value in re.findall(r"`(\w+)` \(([\d.]+)\)", cell)}
+        numbers = {k: v for k, v in METHODS[name].hyper_parameters().items() if not isinstance(v, bool)}
+        assert documented == numbers
+
+
+def test_every_recipe_is_described():
+    stems = re.findall(r"`((?:cifar|tiny|imagenet)[a-z0-9-]*-(?:wrn40|preact18|resnet18))`", README)
+    assert {name.rsplit(method, 1)[0] for name, method in ((n, f"-{s['method']}") for n, s in RECIPES.items())} == set(
+        stems
+    )
+
+
+def test_every_dataset_is_named():
+    assert all(f"`{name}`" in README for name in DATASETS)

@@ -1,0 +1,196 @@
+"""Runs that lack memory or lose a loader process, and what a long run takes of both."""
+
+import contextlib
+import sys
+import time
+
+import psutil
+import pytest
+
+from apart_hf.cli.train import main
+from apart_hf.runs import interruption
+from apart_hf.runs.checkpoints import damage
+from apart_hf.runs.interruption import EXIT_CODE
+from apart_hf.runs.run import train
+from tests.support.helpers import run, write_demo
+from tests.support.processes import command, latest, start, wait_for_checkpoint
+from tests.support.settings import settings
+
+MB = 2**20
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    return write_demo(tmp_path_factory.mktemp("data") / "little", train=360, test=60)
+
+
+def arguments(little, output, *flags):
+    """Of a run."""
+    return [
+        "--model",
+        "test_resnet",
+        "--method",
+        "standard",
+        "--data-dir",
+        little,
+        "-b",
+        "8",
+        "--epochs",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        str(output),
+        "--experiment",
+        "run",
+        *map(str, flags),
+    ]
+
+
+# a new process: memory that other tests have used and given back would not count
+NO_MORE_MEMORY = f"""
+import resource, sys, psutil
+from apart_hf.cli.train import main
+most = psutil.Process().memory_info().vms + int(sys.argv[1]) * {MB}
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+main(sys.argv[2:])
+"""
+
+
+def test_images_too_large_for_any_memory(little, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments(little, tmp_path, "--img-size", 200_000))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory at --batch-size 8 images of 200000 pixels" in error
+    assert "try --batch-size 4 --grad-accum-steps 2, --amp, --grad-checkpointing" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_out_of_memory(where, little, tmp_path):
+    """With 800 MB beyond what the libraries take."""
+    sizes = {"training": (64, 8), "evaluation": (2, 60)}[where]
+    failed = run(
+        sys.executable,
+        "-c",
+        NO_MORE_MEMORY,
+        800,
+        *arguments(
+            little,
+            tmp_path,
+            "-b",
+            sizes[0],
+            "--validation-batch-size",
+            sizes[1],
+            "--checkpoint-every",
+            2,
+            "--img-size",
+            512,
+            "--max-steps",
+            2,
+            "--loader",
+            "workers",
+            "--workers",
+            0,
+        ),
+    )
+    error = failed.stderr
+    assert failed.returncode == 2 and error.count("\n") == 1, error
+    assert f"out of memory at --batch-size {sizes[0]} images of 512 pixels (" in error
+    assert f"--batch-size {sizes[0] // 2} --grad-accum-steps 2" in error
+    assert f"--validation-batch-size below {sizes[1]}" in error and error.count("out of memory at") == 1
+    if where == "training":
+        assert "There is no checkpoint yet." in error and not list(tmp_path.iterdir())
+    else:
+        kept = tmp_path / "run/checkpoints/step-00000002"
+        assert f"The last good checkpoint is {kept}" in error and "--resume auto" in error and damage(kept) is None
+
+
+def loader_process(process, folder):
+    """The first one of a run, when there is one."""
+    own, deadline = psutil.Process(process.pid), time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "config.yaml").exists():  # no other child is started after that
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found = [child for child in own.children() if child.cmdline() == own.cmdline()]
+                if found:
+                    return found[0]
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_loader_process_is_killed(checkpointed, little, tmp_path):
+    folder = tmp_path / "run"
+    process = start(
+        command(
+            little,
+            tmp_path,
+            "--loader",
+            "workers",
+            "--workers",
+            "1",
+            "--epochs",
+            "500",
+            "--checkpoint-every",
+            "2" if checkpointed else "100000",
+        )
+    )
+    loader = loader_process(process, folder)
+    if checkpointed:
+        wait_for_checkpoint(process, folder)
+    loader.kill()
+    _, error = process.communicate(timeout=100)
+    # the thread of multiprocessing that feeds the lost process may have its own say while Python shuts down
+    assert "is gone after step" in error, (process.returncode, error)
+    (said,) = [line for line in error.splitlines() if f"loader process {loader.pid} is gone after step " in line]
+    assert "fewer than --workers 1, or --loader memory" in said
+    if checkpointed:
+        assert process.returncode == EXIT_CODE and "To go on: the same command with --resume auto" in said
+        assert damage(latest(folder)) is None
+    else:
+        assert process.returncode == 2 and "There is no checkpoint yet." in said and not folder.exists()
+
+
+CASES = {
+    "standard": ({}, 2000),
+    "apart-sam": ({"groups": 2}, 2000),
+    "standard, workers": ({"loader": "workers", "workers": 2}, 600),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_long_run_takes_no_more(case, little, tmp_path, monkeypatch):
+    """At most 16 MB and no open file more after all steps than after 200; every 45 steps are an epoch with its
+    evaluation, export and checkpoint."""
+    more, steps = CASES[case]
+    taken, after_step = {}, interruption.Schedule.__call__
+
+    def measured(schedule):
+        after_step(schedule)
+        if schedule.trainer.steps % 45 == 20:
+            own = psutil.Process()
+            taken[schedule.trainer.steps] = own.memory_info().rss / MB, own.num_fds()
+
+    monkeypatch.setattr(interruption.Schedule, "__call__", measured)
+    train(
+        settings(
+            little,
+            tmp_path,
+            method=case.split(",")[0],
+            epochs=steps // 45 + 1,
+            checkpoint_every=None,
+            checkpoint_hist=2,
+            threads=1,
+            **more,
+        )
+    )
+    early, late = taken[200], taken[max(taken)]
+    print(
+        f"\n{case}: step 200: {early[0]:.1f} MB, {early[1]} files; step {max(taken)}: {late[0]:.1f} MB, "
+        f"{late[1]} files; largest {max(rss for rss, _ in taken.values()):.1f} MB"
+    )
+    assert max(taken) >= steps - 45
+    assert late[0] - early[0] <= 16 and late[1] <= early[1]

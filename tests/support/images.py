@@ -1,0 +1,41 @@
+"""Image files for tests, whole and damaged, and datasets of them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PIL
+
+BAD = (5, 17)  # positions in both splits
+
+
+def png(seed=0, size=(16, 16)):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(1, 256, (*size, 3), dtype=np.uint8)
+    PIL.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def damaged(kind):
+    return {
+        "truncated": png()[:200],
+        "text": b"no image at all",
+        "empty": b"",
+        "none": None,
+        "checksum": png()[:60] + b"\0\0\0\0" + png()[64:],
+    }[kind]
+
+
+def write_bad(folder, kinds=("truncated", "text"), rows=24):
+    for split in ("train", "test"):
+        content = [png(i) for i in range(rows)]
+        for position, kind in zip(BAD, kinds):
+            content[position] = damaged(kind)
+        cells = [None if c is None else {"bytes": c, "path": None} for c in content]
+        features = Features({"image": Image(), "label": ClassLabel(num_classes=rows)})
+        Dataset.from_dict({"image": cells, "label": list(range(rows))}, features=features).to_parquet(
+            str(folder / f"{split}.parquet")
+        )
+    return str(folder)

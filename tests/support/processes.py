@@ -1,0 +1,110 @@
+"""Training runs as processes of their own: started, cut off, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+
+from tests.support.helpers import ROOT, assert_same
+
+TIMING = ("seconds", "images_per_second")
+TRAIN = [sys.executable, str(ROOT / "scripts/train.py")]
+
+
+def command(data, output, *more):
+    """A run of 72 steps on 72 images that writes a checkpoint at every third and goes on by itself."""
+    return [
+        *TRAIN,
+        "--model",
+        "test_resnet",
+        "--groups",
+        "2",
+        "--data-dir",
+        data,
+        "-b",
+        "8",
+        "--epochs",
+        "8",
+        "--lr",
+        "0.02",
+        "--threads",
+        "1",
+        "--checkpoint-every",
+        "3",
+        "--resume",
+        "auto",
+        "--output",
+        str(output),
+        "--experiment",
+        "run",
+        *more,
+    ]
+
+
+def start(command, log=subprocess.PIPE, own_group=False, **env):
+    """Its stdout and stderr go to `log`: pipes, or one file."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd="/",
+        stdout=log,
+        stderr=log,
+        text=True,
+        start_new_session=own_group,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
+    )
+
+
+def start_ranks(command, count=2, logs=(subprocess.PIPE, subprocess.PIPE), own_group=False, **env):
+    """The processes of one run, as a launcher starts them; but nobody ends the others where one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    } | env
+    return [
+        start(command, log, own_group, **{k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+        for rank, log in zip(range(count), logs)
+    ]
+
+
+def latest(folder):
+    """The newest checkpoint's folder; None: there is none."""
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def wait_for_checkpoint(process, folder, after=None, seconds=250):
+    """Until there is one, or another one than `after`."""
+    deadline = time.monotonic() + seconds
+    while latest(folder) == after:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def result(folder):
+    """(metrics but for their times, tensors of last/ and best/)."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    plain = [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    states = {name: safetensors.torch.load_file(Path(folder) / name / "model.safetensors") for name in ("last", "best")}
+    return plain, states
+
+
+def assert_equal_runs(one, two):
+    """Metrics, weights, and the results of the test split where there are any."""
+    tests = [file.read_text() if (file := Path(folder) / "test.json").exists() else None for folder in (one, two)]
+    assert tests[0] == tests[1]
+    (lines, states), (others, other_states) = result(one), result(two)
+    assert lines == others
+    for name, state in states.items():
+        assert_same(other_states[name], state, tolerance=0)
