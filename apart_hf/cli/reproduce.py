@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 from apart_hf.errors import ApartError
-from apart_hf.paper.render import render_table
-from apart_hf.paper.reproduce import jobs_left, reproduce
 from apart_hf.paper.request import TableRequest
 from apart_hf.paper.scales import SCALES
 from apart_hf.paper.tables import ROWS, TABLES
-from apart_hf.runs.interruption import EXIT_CODE, Interrupted
 from apart_hf.utils.command_line import Parser, run_command
 
 
@@ -24,6 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     request = request_of(args)
+    # as in cli/train: not before the command line has been read, and refused here where there is no POSIX
+    from apart_hf.paper.render import render_table
+    from apart_hf.paper.reproduce import jobs_left, reproduce
+    from apart_hf.runs.interruption import EXIT_CODE, Interrupted
+
     if args.dry_run:
         for job in jobs_left(request):
             print(shlex.join(["python", "scripts/train.py", *job.arguments]))

@@ -10,8 +10,6 @@ from apart_hf.config.checks import check_names
 from apart_hf.config.defaults import fill_defaults
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.config.yaml_file import write_config
-from apart_hf.runs.interruption import EXIT_CODE, Interrupted, ProcessLost
-from apart_hf.runs.run import train
 from apart_hf.utils.command_line import run_command
 from apart_hf.utils.processes import rank
 
@@ -22,17 +20,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(config: TrainConfig) -> None:
-    if not config.print_config:
-        try:
-            train(config)
-        except Interrupted as stopped:
-            if rank() == 0 or isinstance(stopped, ProcessLost):
-                process = f"process {rank()}: " if rank() else ""
-                print(f"{process}{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
-            sys.exit(EXIT_CODE)
+    if config.print_config:
+        check_names(config)
+        print(write_config(dataclasses.asdict(fill_defaults(config))), end="")
         return
-    check_names(config)
-    print(write_config(dataclasses.asdict(fill_defaults(config))), end="")
+    # they take as long as torch and timm, which --help and a misspelt flag need not, and refuse what is no POSIX system
+    from apart_hf.runs.interruption import EXIT_CODE, Interrupted, ProcessLost
+    from apart_hf.runs.run import train
+
+    try:
+        train(config)
+    except Interrupted as stopped:
+        if rank() == 0 or isinstance(stopped, ProcessLost):
+            process = f"process {rank()}: " if rank() else ""
+            print(f"{process}{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from timm.models import is_model, split_model_name_tag
 from timm.optim import list_optimizers
 
@@ -161,7 +159,15 @@ def check_names(config: TrainConfig) -> None:
     if config.opt == "adahessian":
         raise ApartError("--opt adahessian needs second derivatives, which the two passes do not give; choose another.")
     check_hyper_parameters(config.method, config.hyper_parameters())
-    for tracker in config.report_to or ():
+    if config.report_to:
+        _check_trackers(config.report_to)
+
+
+def _check_trackers(trackers: list[str]) -> None:
+    from accelerate.tracking import get_available_trackers  # a second and a half, which --help need not take
+    from accelerate.utils import LoggerType
+
+    for tracker in trackers:
         if tracker not in [known.value for known in LoggerType]:
             raise unknown_name("tracker", tracker, [known.value for known in LoggerType])
         if LoggerType(tracker) not in [*get_available_trackers(), LoggerType.ALL]:

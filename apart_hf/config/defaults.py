@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from apart_hf.config.recipes import budgeted
 from apart_hf.config.train_config import HYPER_PARAMETERS, TrainConfig
-from apart_hf.data import ImageData, find_dataset
+from apart_hf.data import find_dataset
 from apart_hf.errors import ApartError
 from apart_hf.strategies.methods import METHODS
 from apart_hf.utils.processes import cores
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from apart_hf.data import ImageData
 
 
 def fill_defaults(config: TrainConfig) -> TrainConfig:

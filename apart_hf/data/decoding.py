@@ -13,7 +13,6 @@ from PIL import Image as PIL
 
 from apart_hf.errors import OneProcessError
 
-ON_BAD_IMAGE = ("error", "skip")
 IGNORED = -1  # class index of a row that stands for no image
 _FEATURE = Image()
 # what PIL raises for damaged files, beside its own errors

@@ -49,6 +49,7 @@ class DataSettings:
 
 
 LOADERS = ("auto", "memory", "workers")
+ON_BAD_IMAGE = ("error", "skip")
 
 
 @dataclass(frozen=True)

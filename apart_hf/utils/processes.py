@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from apart_hf.errors import ApartError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Result = TypeVar("Result")
 
@@ -30,6 +31,8 @@ def rank() -> int:
 
 def from_main_process(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
     """What `call` gives on the main process, where alone it runs; or the ApartError that it raises there, on all."""
+    from accelerate.utils import broadcast_object_list  # heavy, and a command line asks this module for ranks only
+
     found = problem = None
     if accelerator.is_main_process:
         try:
@@ -63,4 +66,5 @@ def in_a_group_of_its_own(worker: int) -> None:
 
     They end with the run, which tells them to.
     """
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # else the system has no process groups
+        os.setpgrp()

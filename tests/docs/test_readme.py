@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from apart_hf.cli import analyse, push_to_hub, validate
+from apart_hf.cli import analyse, push_to_hub, reproduce, validate
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.recipes import RECIPES
 from apart_hf.data import DATASETS
-from apart_hf.paper import reproduce
 from apart_hf.strategies.methods import METHODS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
