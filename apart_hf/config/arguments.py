@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from apart_hf.config.recipes import recipe
-from apart_hf.config.train_config import HYPER_PARAMETERS, TrainConfig
+from apart_hf.config.setting import Setting
+from apart_hf.config.train_config import HYPER_PARAMETERS, SETTINGS, TrainConfig
 from apart_hf.config.yaml_file import read_config
 from apart_hf.errors import ApartError
 from apart_hf.utils.command_line import Parser
@@ -28,29 +28,30 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {}
-    options = dataclasses.fields(TrainConfig)
-    for option in options:
-        title = option.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        arguments_of = dict(option.metadata["arguments"])
-        flags = (f"--{option.name.replace('_', '-')}", *arguments_of.pop("flags", ()))
-        help = option.metadata["help"].replace("%", "%%")
-        if option.default is False:
-            arguments_of["action"] = argparse.BooleanOptionalAction
-        elif option.default is not None:
-            help += f" [{option.default}]"
-        groups[title].add_argument(*flags, dest=option.name, help=help, **arguments_of)
+    for setting in SETTINGS.values():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        groups[setting.group].add_argument(setting.flag, *setting.flags, dest=setting.name, **_argument(setting))
     flags = vars(parser.parse_args(arguments))
-    file = read_config(flags["config"], options) if flags.get("config") else {}
+    file = read_config(flags["config"]) if flags.get("config") else {}
     name = flags.get("recipe", file.get("recipe"))
     if "recipe" in file and file["recipe"] != name:
         raise ApartError(f"--recipe {name}: {flags['config']} is of recipe {file['recipe']}; leave one of them out.")
     return TrainConfig(**_layered(recipe(name) if name else {}, file, flags))
 
 
-# setting one unsets the other, which it decides
-_SAME = {"amp": "amp_dtype", "lr_base": "lr", "input_size": "img_size", "img_size": "input_size"}
+def _argument(setting: Setting) -> dict[str, Any]:
+    """What argparse is told of a setting, beside its flags."""
+    help = setting.help.replace("%", "%%")
+    if setting.kind is bool:
+        return {"help": help, "action": argparse.BooleanOptionalAction}
+    return {
+        "help": help if setting.default is None else f"{help} [{setting.default}]",
+        "type": setting.kind,
+        "metavar": setting.metavar or {int: "N", float: "X"}.get(setting.kind),
+        "nargs": (setting.length or "+") if setting.many else None,
+        "choices": setting.choices or None,
+    }
 
 
 def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +60,8 @@ def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
     for layer in layers:
         if layer.get("method", merged.get("method")) != merged.get("method"):
             merged = {key: value for key, value in merged.items() if key not in HYPER_PARAMETERS}
-        for key, partner in _SAME.items():
-            if layer.get(key) and partner not in layer:
-                merged.pop(partner, None)
+        for setting in SETTINGS.values():
+            if setting.decides is not None and layer.get(setting.name) and setting.decides not in layer:
+                merged.pop(setting.decides, None)
         merged |= layer
     return merged

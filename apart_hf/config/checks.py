@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import timm
 from timm.models import is_model, split_model_name_tag
 from timm.optim import list_optimizers
 
+from apart_hf.config.setting import Setting, settings_of
 from apart_hf.data import find_dataset
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.strategies.methods import METHODS, check_hyper_parameters
@@ -19,60 +19,14 @@ if TYPE_CHECKING:
 
 
 FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest: what training can compute with
-_LEAST = {
-    0: (
-        "lr",
-        "momentum",
-        "weight_decay",
-        "warmup_epochs",
-        "clip_grad",
-        "mixup",
-        "smoothing",
-        "workers",
-        "seed",
-        "cutmix",
-        "color_jitter",
-        "reprob",
-        "drop",
-        "drop_path",
-        "model_ema_decay",
-        "min_lr",
-        "warmup_lr",
-        "lr_base",
-        "padding",
-    ),
-    1: (
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "threads",
-        "img_size",
-        "log_interval",
-        "every",
-        "grad_accum_steps",
-        "expect_processes",
-        "validation_batch_size",
-        "shuffle_buffer",
-        "train_num_samples",
-        "lr_base_size",
-        "checkpoint_hist",
-        "val_interval",
-    ),
-}
-_MOST = {"seed": 2**32 - 2, "workers": 256, "threads": 1024}
-_ANY = 2**31 - 1
-_BELOW_1 = {"smoothing": 0.1, "drop": 0.2, "drop_path": 0.1, "model_ema_decay": 0.9998}  # and what is common
 
 
 def check_values(config: TrainConfig) -> None:
     """Raise ApartError for the first setting that is out of its range, or does not go with another."""
-    for least, names in _LEAST.items():
-        for name in names:
-            _check_range(_flag(name), getattr(config, name), least, _MOST.get(name, _ANY))
-    for name, value in vars(config).items():
+    for setting in settings_of(type(config)).values():
+        value = getattr(config, setting.name)
         for number in value if isinstance(value, list) else [value]:
-            _check_float32(_flag(name), number)
-    _check_shares(config)
+            _check_number(setting, number, value)
     _check_lists(config)
     _check_together(config)
     config.checkpoint_interval  # noqa: B018  raises where it cannot be read
@@ -81,51 +35,22 @@ def check_values(config: TrainConfig) -> None:
         raise ApartError(f"--experiment {name!r}: must be a plain folder name; its parent is --output.")
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _check_range(flag: str, value: float | None, least: int, most: int) -> None:
-    if value is not None and not least <= value < float("inf"):  # NaN is refused too
-        raise ApartError(f"{flag} {value}: must be a finite number of at least {least}.")
-    if isinstance(value, int) and value > most:
-        raise ApartError(f"{flag} {value}: must be at most {most}.")
-
-
-def _check_float32(flag: str, number: Any) -> None:
+def _check_number(setting: Setting, number: Any, value: Any) -> None:
+    """Check a setting's value, or one number of its list."""
+    problem = None if number is None or setting.range is None else setting.range.problem(number)
+    if problem is not None:
+        is_hyper = any(setting.name in method.hyper_parameters() for method in METHODS.values())
+        given = f"{setting.name}={value}" if is_hyper else f"{setting.flag} {value}"  # as `create_strategy` says it
+        raise ApartError(f"{given}: {problem}.")
     size = abs(number) if isinstance(number, float) else 0.0
     if 0 < size < FLOAT32[0] or FLOAT32[1] < size < float("inf"):
         raise ApartError(
-            f"{flag} {number:g}: training computes in float32, which has numbers from 1.2e-38 to 3.4e38; take one of "
-            "them."
+            f"{setting.flag} {number:g}: training computes in float32, which has numbers from 1.2e-38 to 3.4e38; take "
+            "one of them."
         )
 
 
-def _check_shares(config: TrainConfig) -> None:
-    if config.ratio is not None and not 0 < config.ratio <= 1:
-        raise ApartError(f"ratio={config.ratio}: N/M, the share of the batch in the second pass, is in (0, 1].")
-    if config.budget is not None and not 0 < config.budget < float("inf"):
-        raise ApartError(f"--budget {config.budget}: must be a finite number above 0.")
-    if config.clip_grad == 0:
-        raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
-    for name, common in _BELOW_1.items():
-        if getattr(config, name) >= 1:
-            raise ApartError(f"{_flag(name)} {getattr(config, name)}: must be below 1 ({common} is common).")
-    if config.val_fraction is not None and not 0 < config.val_fraction < 1:
-        raise ApartError(f"--val-fraction {config.val_fraction}: a share between 0 and 1 (0.1 is common).")
-    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
-        raise ApartError(f"--crop-pct {config.crop_pct}: a share of the edge, above 0 and at most 1.")
-    if config.reprob > 1:
-        raise ApartError(f"--reprob {config.reprob}: a probability is at most 1 (0.25 is common).")
-
-
 def _check_lists(config: TrainConfig) -> None:
-    if any(not 1 <= milestone < 2**31 for milestone in config.decay_milestones or ()):
-        raise ApartError(f"--decay-milestones {config.decay_milestones}: epochs are counted from 1.")
-    if not all(math.isfinite(value) for value in config.mean or ()):
-        raise ApartError(f"--mean {config.mean}: must be finite numbers.")
-    if any(not 0 < value < float("inf") for value in config.std or ()):
-        raise ApartError(f"--std {config.std}: must be finite numbers above 0.")
     if config.input_size is not None:
         channels, height, width = config.input_size
         if channels != 3 or height != width or config.img_size not in (None, height):
@@ -137,6 +62,8 @@ def _check_lists(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
+    if config.clip_grad == 0:
+        raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
     if config.train_num_samples is not None and not config.streaming:
         raise ApartError("--train-num-samples is the length of a stream; add --streaming, or leave it out.")
     if config.val_fraction is not None and config.streaming:
@@ -159,8 +86,8 @@ def check_names(config: TrainConfig) -> None:
     if config.opt == "adahessian":
         raise ApartError("--opt adahessian needs second derivatives, which the two passes do not give; choose another.")
     check_hyper_parameters(config.method, config.hyper_parameters())
-    if config.report_to:
-        _check_trackers(config.report_to)
+    if config.trackers:
+        _check_trackers(config.trackers)
 
 
 def _check_trackers(trackers: list[str]) -> None:

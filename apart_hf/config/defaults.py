@@ -52,6 +52,7 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
         config,
         epochs=epochs,
         budget=None,
+        report_to=config.trackers,
         decay_milestones=sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),
         workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
     )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
 import yaml
 
+from apart_hf.config.setting import Setting
+from apart_hf.config.train_config import SETTINGS
 from apart_hf.errors import ApartError, unknown_name
 
-NOT_SETTINGS = ("config", "print_config", "resume", "override")  # flags that say what to do with the others
 
-
-def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, Any]:
-    """The settings in a YAML file of `key: value` lines, checked against `options`; null stands for "not given".
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a YAML file of `key: value` lines, checked against `SETTINGS`; null stands for "not given".
 
     All but the name of the run that wrote it, so that the file repeats the run under a name of its own. `recipe` stays
     where it is null: the settings are of no recipe.
@@ -36,7 +34,7 @@ def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, An
         return {}
     if not isinstance(found, dict):
         raise ApartError(f"--config {path}: must hold lines `key: value`, not a {type(found).__name__}.")
-    known = {option.name: option for option in options if option.name not in NOT_SETTINGS}
+    known = {name: setting for name, setting in SETTINGS.items() if setting.role != "command"}
     for key in found:
         if key not in known:
             raise unknown_name(f"key in {path}", key if isinstance(key, str) else brief(key), known)
@@ -47,25 +45,23 @@ def read_config(path: str, options: Iterable[dataclasses.Field]) -> dict[str, An
 
 def write_config(settings: dict[str, Any]) -> str:
     """The same as text."""
-    return yaml.safe_dump({k: v for k, v in settings.items() if k not in NOT_SETTINGS}, sort_keys=False)
+    return yaml.safe_dump({k: v for k, v in settings.items() if SETTINGS[k].role != "command"}, sort_keys=False)
 
 
-def _converted(path: str, option: dataclasses.Field, value: Any) -> Any:
-    arguments = option.metadata["arguments"]
-    if option.default is False:
+def _converted(path: str, setting: Setting, value: Any) -> Any:
+    if setting.kind is bool:
         if not isinstance(value, bool):
-            raise ApartError(f"{path}: {option.name}: {brief(value)} is neither true nor false.")
+            raise ApartError(f"{path}: {setting.name}: {brief(value)} is neither true nor false.")
         return value
-    kind, many = arguments["type"], "nargs" in arguments
+    kind, many = setting.kind, setting.many
     if many != isinstance(value, list):
-        raise ApartError(f"{path}: {option.name}: {brief(value)} is {'no' if many else 'a'} list.")
+        raise ApartError(f"{path}: {setting.name}: {brief(value)} is {'no' if many else 'a'} list.")
     try:
         values = [_one(kind, item) for item in (value if many else [value])]
     except (TypeError, ValueError) as error:
-        raise ApartError(f"{path}: {option.name}: {brief(value)} is no {kind.__name__}.") from error
-    choices = arguments.get("choices")
-    if choices and values[0] not in choices:
-        raise ApartError(f"{path}: {option.name}: {value!r} is none of {', '.join(choices)}.")
+        raise ApartError(f"{path}: {setting.name}: {brief(value)} is no {kind.__name__}.") from error
+    if setting.choices and values[0] not in setting.choices:
+        raise ApartError(f"{path}: {setting.name}: {value!r} is none of {', '.join(setting.choices)}.")
     return values if many else values[0]
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset, registered
-from apart_hf.data.settings import LOADERS, ON_BAD_IMAGE, DataSettings, LoaderSettings
+from apart_hf.data.settings import DataSettings, LoaderKind, LoaderSettings, OnBadImage
 from apart_hf.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ else:  # they bring datasets and accelerate, which a command line that only read
 __all__ = [
     "DATASETS",
     "IGNORED",
-    "LOADERS",
-    "ON_BAD_IMAGE",
     "DataSettings",
     "DatasetSpec",
     "ImageData",
+    "LoaderKind",
     "LoaderSettings",
     "Loaders",
+    "OnBadImage",
     "Split",
     "data_config",
     "find_dataset",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class DataSettings:
         return {key: name for key, name in names.items() if name is not None}
 
 
-LOADERS = ("auto", "memory", "workers")
-ON_BAD_IMAGE = ("error", "skip")
+LoaderKind = Literal["auto", "memory", "workers"]
+OnBadImage = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LoaderSettings:
     images: dict[str, Any]
     batch_size: int
     eval_batch_size: int
-    loader: str = "auto"
+    loader: LoaderKind = "auto"
     workers: int = 0
     seed: int = 0
     augmentation: dict[str, Any] = None

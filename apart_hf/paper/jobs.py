@@ -11,53 +11,13 @@ from typing import Any
 
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.defaults import fill_defaults
-from apart_hf.config.train_config import HYPER_PARAMETERS, TrainConfig
+from apart_hf.config.train_config import SETTINGS, TrainConfig
 from apart_hf.data import DATASETS
 from apart_hf.errors import ApartError
 from apart_hf.paper.request import TableRequest
 from apart_hf.paper.scales import SCALES
 from apart_hf.paper.tables import ROWS, recipe_name
-from apart_hf.runs.resume import FREE
 from apart_hf.strategies.methods import METHODS
-
-# what a table's row, seed and scale say, or what would take results from other images
-_OWN = (
-    "seed",
-    "recipe",
-    "config",
-    "method",
-    *HYPER_PARAMETERS,
-    "every",
-    "budget",
-    "model",
-    "model_kwargs",
-    "dataset",
-    "dataset_config",
-    "data_dir",
-    "output",
-    "experiment",
-    "resume",
-    "override",
-    "print_config",
-    "val_fraction",
-    "streaming",
-    "push_to_hub",
-    "on_bad_image",
-)
-# what changes how a result is computed, but not what is computed
-_HOW = {
-    "amp",
-    "amp_dtype",
-    "channels_last",
-    "torchcompile",
-    "loader",
-    "val_interval",
-    "grad_checkpointing",
-    "validation_batch_size",
-    "sync_bn",
-    "eval_metric",
-    "on_nonfinite",
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +54,7 @@ class Job:
         """What decides the result."""
         settings = dataclasses.asdict(self.config)
         idle = {"lr_base_size", "lr_base_scale"} if settings["lr_base"] is None else set()
-        return {key: value for key, value in settings.items() if key not in FREE | idle}
+        return {key: value for key, value in settings.items() if SETTINGS[key].on_resume != "free" and key not in idle}
 
     @property
     def cost(self) -> float:
@@ -144,16 +104,15 @@ def flags_of(settings: dict[str, Any]) -> list[str]:
     found = []
     for key, value in settings.items():
         values = [] if value is True else value if isinstance(value, list) else [value]
-        found += [f"--{key.replace('_', '-')}", *map(str, values)]
+        found += [SETTINGS[key].flag, *map(str, values)]
     return found
 
 
 def _check_more(flags: list[str], more: list[str]) -> None:
     plain, full = parse_arguments(flags), parse_arguments([*flags, *more])
-    for key in _OWN:
-        if getattr(plain, key) != getattr(full, key):
-            flag = f"--{key.replace('_', '-')}"
-            raise ApartError(f"{flag} after --: the table, its rows and --seeds decide that; leave it out.")
+    for key, setting in SETTINGS.items():
+        if not setting.in_tables and getattr(plain, key) != getattr(full, key):
+            raise ApartError(f"{setting.flag} after --: the table, its rows and --seeds decide that; leave it out.")
 
 
 def differing(run: Job, result: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -170,7 +129,7 @@ def changed(run: Job, result: dict[str, Any]) -> str:
 def extra(run: Job, result: dict[str, Any]) -> dict[str, Any]:
     """What a result was computed with beyond its row and scale: settings that decide what is computed, not how."""
     found = differing(dataclasses.replace(run, more=[]), result)
-    return {key: before for key, (before, _) in found.items() if key not in _HOW}
+    return {key: before for key, (before, _) in found.items() if SETTINGS[key].role != "how"}
 
 
 def is_published(run: Job, result: dict[str, Any]) -> bool:

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from timm.models import PretrainedCfg
 
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import SETTINGS, TrainConfig
 from apart_hf.data import ImageData, registered
 from apart_hf.utils.environment import git_commit, versions
-
-# settings that say how it was trained, and nothing of the machine or its folders
-_SETTINGS = (
-    "epochs",
-    "batch_size",
-    "grad_accum_steps",
-    "opt",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "sched",
-    "decay_milestones",
-    "min_lr",
-    "warmup_epochs",
-    "warmup_lr",
-    "clip_grad",
-    "every",
-    "global_norm",
-    "mixup",
-    "cutmix",
-    "smoothing",
-    "aa",
-    "color_jitter",
-    "reprob",
-    "drop",
-    "drop_path",
-    "model_kwargs",
-    "model_ema",
-    "model_ema_decay",
-    "sync_bn",
-    "amp_dtype",
-    "img_size",
-    "padding",
-    "max_steps",
-    "val_fraction",
-)
 
 
 def training_record(
@@ -68,10 +31,7 @@ def training_record(
         processes: of the run.
         source: timm's pretrained_cfg of the model before training.
     """
-    settings = {key: getattr(config, key) for key in _SETTINGS}
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    always = ("epochs", "batch_size", "opt", "lr", "momentum", "weight_decay", "sched", "amp_dtype", "img_size")
-    kept = {k: v for k, v in settings.items() if v is not None and (k in always or v != defaults[k])}
+    kept = _settings(config)
     if config.sched != "multistep":
         kept.pop("decay_milestones", None)
     if config.initial_checkpoint is not None:
@@ -89,6 +49,17 @@ def training_record(
         "versions": versions(),
         "commit": git_commit(),
     }
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say how a model was trained, and nothing of the machine or its folders."""
+    found = {}
+    for setting in sorted(SETTINGS.values(), key=lambda setting: setting.recorded or 0):
+        value = getattr(config, setting.name)
+        known = setting.recorded is not None and value is not None
+        if known and (setting.recorded_by_default or value != setting.default):
+            found[setting.name] = value
+    return found
 
 
 def _base_model(config: TrainConfig, source: PretrainedCfg | dict[str, Any]) -> str | None:

@@ -7,32 +7,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from apart_hf.config.train_config import SETTINGS
 from apart_hf.errors import ApartError
-
-# what may differ between a run and its resumption: where and how it runs, not what it computes
-FREE = {
-    "config",
-    "print_config",
-    "resume",
-    "override",
-    "output",
-    "experiment",
-    "checkpoint_every",
-    "checkpoint_hist",
-    "log_interval",
-    "report_to",
-    "log_wandb",
-    "push_to_hub",
-    "license",
-    "workers",
-    "threads",
-    "expect_processes",
-    "data_dir",
-    "recipe",
-    "on_nonfinite",  # to go on after such a step, or before, from where both do the same
-}
-# what the state of a checkpoint, or best/, is of
-FIXED = {"model", "model_kwargs", "opt", "model_ema", "eval_metric", "num_classes"}
 
 
 def lock(folder: Path) -> IO[str]:
@@ -68,7 +44,9 @@ def check_unchanged(folder: Path, before: dict[str, Any], settings: dict[str, An
         settings: those of now.
         override: take the new ones where a run can go on with them.
     """
-    free = FREE - {"workers"} if settings["streaming"] else FREE  # they share the stream out
+    free = {key for key in settings if SETTINGS[key].on_resume == "free"}
+    if settings["streaming"]:
+        free.discard("workers")  # they share the stream out
     changed = {
         key: f"{key} (was {before.get(key)}, now {value})"
         for key, value in settings.items()
@@ -79,7 +57,7 @@ def check_unchanged(folder: Path, before: dict[str, Any], settings: dict[str, An
             f"{folder} was started with other settings: {', '.join(changed.values())}; name them as "
             "before, or add --override."
         )
-    fixed = [words for key, words in changed.items() if key in FIXED]
+    fixed = [words for key, words in changed.items() if SETTINGS[key].on_resume == "fixed"]
     if fixed:
         raise ApartError(
             f"{folder} cannot go on with {', '.join(fixed)}, also not by --override; name them as before, "

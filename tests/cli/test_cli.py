@@ -1,6 +1,5 @@
 """The command line: what it refuses, and how."""
 
-import dataclasses
 import re
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 
 from apart_hf.cli.train import main
 from apart_hf.config.arguments import parse_arguments
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import SETTINGS
 from tests.support.helpers import FAST, ROOT, run
 
 
@@ -136,5 +135,5 @@ def test_help_has_groups_defaults_and_every_flag(capsys):
         "--model-ema-decay --seed --log-interval --checkpoint-hist -j --output --experiment --eval-metric --log-wandb"
     )
     assert set(of_timm.split()) <= flags
-    assert {f"--{option.name.replace('_', '-')}" for option in dataclasses.fields(TrainConfig)} <= flags
+    assert {setting.flag for setting in SETTINGS.values()} <= flags
     assert "[128; demo: 64]" in text and "[0.9]" in text

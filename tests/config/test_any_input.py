@@ -1,7 +1,6 @@
 """Whatever the command line or the settings file holds: a resolved configuration, or one line and exit code 2."""
 
 import contextlib
-import dataclasses
 import io
 
 import pytest
@@ -11,13 +10,12 @@ from hypothesis import strategies as st
 
 from apart_hf.cli.train import main
 from apart_hf.config.recipes import RECIPES
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import SETTINGS
 from apart_hf.data import DATASETS
 from apart_hf.strategies.methods import METHODS
 from tests.support.helpers import forget_accelerator
 
-OPTIONS = dataclasses.fields(TrainConfig)
-FLAGS = [f"--{option.name.replace('_', '-')}" for option in OPTIONS if option.name != "print_config"]
+FLAGS = [setting.flag for setting in SETTINGS.values() if setting.name != "print_config"]
 NAMES = [
     "test_resnet",
     "resnet18.a1_in1k",
@@ -130,17 +128,15 @@ def test_any_command_line(words):
 
 
 @settings(max_examples=150, **EXAMPLES)
-@given(st.sampled_from(OPTIONS), VALUES)
-def test_any_value_of_any_flag(option, value):
-    many = option.metadata["arguments"].get("nargs")
-    values = [value] * (many if isinstance(many, int) else 1)
-    flag = f"--{option.name.replace('_', '-')}"
-    check(["--print-config", flag] if option.default is False else ["--print-config", flag, *values])
+@given(st.sampled_from([*SETTINGS.values()]), VALUES)
+def test_any_value_of_any_flag(setting, value):
+    values = [] if setting.kind is bool else [value] * (setting.length or 1)
+    check(["--print-config", setting.flag, *values])
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), VALUES, st.dates(), st.binary(max_size=5))
 NESTED = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3))
-KEYS = st.one_of(st.sampled_from([option.name for option in OPTIONS]), VALUES, SCALARS)
+KEYS = st.one_of(st.sampled_from([*SETTINGS]), VALUES, SCALARS)
 
 
 @settings(max_examples=150, **EXAMPLES)

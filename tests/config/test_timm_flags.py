@@ -14,6 +14,7 @@ from accelerate.utils import DataLoaderConfiguration
 
 from apart_hf import ApartError
 from apart_hf.cli.train import main
+from apart_hf.config.checks import check_names
 from apart_hf.config.defaults import fill_defaults
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings
@@ -103,7 +104,14 @@ def test_short_names():
     assert fill_defaults(TrainConfig(amp=True)).amp_dtype == "bfloat16"
     assert fill_defaults(TrainConfig(amp=True, amp_dtype="float16")).amp_dtype == "float16"
     assert fill_defaults(TrainConfig(input_size=[3, 64, 64])).img_size == 64
-    assert TrainConfig(log_wandb=True, report_to=["tensorboard"]).report_to == ["tensorboard", "wandb"]
+    assert fill_defaults(TrainConfig(log_wandb=True, report_to=["tensorboard"])).report_to == ["tensorboard", "wandb"]
+
+
+def test_wandb_is_asked_for_by_either_flag(monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    for config in (TrainConfig(log_wandb=True), TrainConfig(report_to=["wandb"])):
+        with pytest.raises(ApartError, match="--report-to wandb: not installed"):
+            check_names(config)
 
 
 def test_a_class_map_orders_the_classes(tmp_path):

@@ -1,0 +1,126 @@
+"""Settings of the model and of the method that trains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from apart_hf.config.setting import setting
+from apart_hf.strategies.methods import METHODS
+
+_METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+_model_setting = partial(setting, group="model")
+
+
+@dataclass(frozen=True)
+class ModelGroup:
+    """Which network is trained, and from which weights."""
+
+    model: str = _model_setting(
+        "resnet18",
+        "any timm model, or wide_resnet40_2, preact_resnet18, ...",
+        role="what",
+        on_resume="fixed",
+        in_tables=False,
+        metavar="NAME",
+    )
+    model_kwargs: list[str] | None = _model_setting(
+        None,
+        "further arguments of its constructor, for instance drop_block_rate=0.1",
+        role="what",
+        on_resume="fixed",
+        recorded=24,
+        in_tables=False,
+        metavar="KEY=VALUE",
+    )
+    # the record names the weights of these two by itself, without their folders
+    pretrained: bool = _model_setting(False, "start from timm's weights for it", role="what")
+    initial_checkpoint: str | None = _model_setting(
+        None,
+        "start from the weights in this file (safetensors, or a state_dict that torch reads without "
+        "pickled code); a classifier of another size is left out",
+        role="what",
+        metavar="FILE",
+    )
+    channels_last: bool = _model_setting(False, "keep activations in channels_last memory format", role="how")
+    drop: float = _model_setting(
+        0.0,
+        "dropout, where the model has it; drawn anew in the second pass",
+        role="what",
+        least=0,
+        below=1,
+        over="must be below 1 (0.2 is common)",
+        recorded=22,
+    )
+    drop_path: float = _model_setting(
+        0.0,
+        "stochastic depth; drawn anew in the second pass",
+        role="what",
+        least=0,
+        below=1,
+        over="must be below 1 (0.1 is common)",
+        recorded=23,
+    )
+    grad_checkpointing: bool = _model_setting(
+        False, "recompute activations in the backward, to save memory", role="how"
+    )
+    torchcompile: bool = _model_setting(False, "compile the model by torch.compile", role="how")
+    # of no effect on a single process, which published figures are of
+    sync_bn: bool = _model_setting(False, "synchronise BatchNorm over processes (GPUs only)", role="how", recorded=27)
+    model_ema: bool = _model_setting(
+        False,
+        "keep an exponential average of the weights; it is evaluated and exported",
+        role="what",
+        on_resume="fixed",
+        recorded=25,
+    )
+    model_ema_decay: float = _model_setting(
+        0.9998,
+        "of a step, with --model-ema",
+        role="what",
+        least=0,
+        below=1,
+        over="must be below 1 (0.9998 is common)",
+        recorded=26,
+    )
+
+
+_method_setting = partial(setting, group="method", in_tables=False)
+
+
+@dataclass(frozen=True)
+class MethodGroup:
+    """How p.grad is filled: the method and its hyper-parameters, which a table's rows decide."""
+
+    method: str = _method_setting("apart", _METHODS, role="what", metavar="NAME")
+    epsilon: float | None = _method_setting(
+        None, "radius of delta, a share of batch mean and scale [0.1; demo: 0.05]", role="what"
+    )
+    groups: int | None = _method_setting(
+        None,
+        "groups of samples with statistics of their own [16; demo, where --batch-size is not given: 8]",
+        role="what",
+    )
+    ratio: float | None = _method_setting(
+        None,
+        "share of the batch in the second pass, in (0, 1] [apart: 1]",
+        role="what",
+        above=0,
+        most=1,
+        outside="N/M, the share of the batch in the second pass, is in (0, 1]",
+    )
+    rho: float | None = _method_setting(
+        None,
+        "radius of SAM's step in the weights [sam: 0.05; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]",
+        role="what",
+    )
+    eta: float | None = _method_setting(None, "asam: added to the weights' sizes [0.01]", role="what")
+    every: int = _method_setting(
+        1, "second pass in every N-th step only; the others are plain steps", role="what", least=1, recorded=14
+    )
+    local_attack: bool = _method_setting(
+        False, "each process attacks by its own batch, rather than all by the joint one", role="what"
+    )
+    global_norm: bool = _method_setting(
+        False, "sam: all processes climb the mean gradient (one more all-reduce)", role="what", recorded=15
+    )

@@ -1,0 +1,86 @@
+"""Settings of the optimisation: its length, batches, optimizer and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from apart_hf.config.setting import setting
+
+_setting = partial(setting, group="optimisation")
+
+
+@dataclass(frozen=True)
+class OptimisationGroup:
+    """How the weights are moved by their gradients."""
+
+    epochs: int | None = _setting(None, "length in epochs [200; demo: 6]", role="what", least=1, recorded=1)
+    budget: float | None = _setting(
+        None,
+        "cost in units of the given epochs of plain training: epochs and milestones become "
+        "budget / passes times theirs (apart, 2 passes: 200 epochs are budget 2)",
+        role="what",
+        above=0,
+        in_tables=False,
+    )
+    max_steps: int | None = _setting(
+        None, "stop after N optimizer steps; still evaluates and exports", role="what", least=1, recorded=31
+    )
+    batch_size: int | None = _setting(
+        None, "images a process and step [128; demo: 64]", role="what", least=1, recorded=2, flags=("-b",)
+    )
+    validation_batch_size: int | None = _setting(
+        None, "images a process in evaluation [--batch-size]", role="how", least=1, flags=("-vb",)
+    )
+    grad_accum_steps: int = _setting(1, "batches whose mean gradient makes one step", role="what", least=1, recorded=3)
+    opt: str = _setting(
+        "momentum",
+        "timm optimizer; momentum is SGD without Nesterov",
+        role="what",
+        on_resume="fixed",
+        recorded=4,
+        recorded_by_default=True,
+        metavar="NAME",
+    )
+    lr: float | None = _setting(None, "learning rate [0.1; demo: 0.05]", role="what", least=0, recorded=5)
+    lr_base: float | None = _setting(
+        None,
+        "learning rate for --lr-base-size images a step; --lr becomes it in proportion",
+        role="what",
+        least=0,
+        decides="lr",
+    )
+    lr_base_size: int = _setting(256, "images a step that --lr-base is meant for", role="what", least=1)
+    lr_base_scale: Literal["linear", "sqrt"] | None = _setting(
+        None, "how --lr grows with the batch [sqrt for ada* and lamb optimizers, else linear]", role="what"
+    )
+    momentum: float = _setting(0.9, "SGD momentum", role="what", least=0, recorded=6, recorded_by_default=True)
+    weight_decay: float | None = _setting(
+        None, "on all parameters [0.0005, the paper's; demo: 0.005]", role="what", least=0, recorded=7
+    )
+    sched: Literal["multistep", "cosine", "none"] | None = _setting(
+        None, "learning-rate schedule, by step [multistep; demo: cosine]", role="what", recorded=8
+    )
+    decay_milestones: list[int] | None = _setting(
+        None,
+        "epochs after which the learning rate falls to a tenth [1/2 and 3/4 of all]",
+        role="what",
+        least=1,
+        outside="epochs are counted from 1",
+        recorded=9,
+    )
+    min_lr: float = _setting(0.0, "where the cosine ends", role="what", least=0, recorded=10)
+    warmup_lr: float = _setting(0.0, "where the warmup starts", role="what", least=0, recorded=12)
+    warmup_epochs: int = _setting(0, "epochs of linear warmup", role="what", least=0, recorded=11)
+    clip_grad: float | None = _setting(
+        None, "largest norm of the combined gradient [off]", role="what", least=0, recorded=13
+    )
+    # free, to go on after such a step, or before, from where both do the same
+    on_nonfinite: Literal["stop", "skip"] = _setting(
+        "stop",
+        "what to do about a step whose loss or gradient is not finite; stop: end the run, "
+        "saying where it comes from; skip: leave the step out, and count it",
+        role="how",
+        on_resume="free",
+    )
