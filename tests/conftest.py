@@ -30,8 +30,9 @@ import pytest
 import torch
 
 from apart_hf.config.train_config import TrainConfig
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from apart_hf.utils import hub_client
+from apart_hf.utils.command_line import logging_to_output
 from tests.support.helpers import batch, build, forget_accelerator, write_demo
 from tests.support.hub_server import HubServer
 
@@ -110,6 +111,13 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def folder(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def spoken():
+    """What is logged goes to standard output, as in a command."""
+    with logging_to_output():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def _run(config: TrainConfig) -> None:
         return
     # they take as long as torch and timm, which --help and a misspelt flag need not, and refuse what is no POSIX system
     from apart_hf.runs.interruption import EXIT_CODE, Interrupted, ProcessLost
-    from apart_hf.runs.run import train
+    from apart_hf.runs.train import train
 
     try:
         train(config)

@@ -14,6 +14,7 @@ from apart_hf.cli.image_options import add_image_options, measured_images, plain
 from apart_hf.data import Loaders
 from apart_hf.hub.model_folder import Exported
 from apart_hf.hub.pretrained import find_pretrained, load_pretrained
+from apart_hf.hub.training_record import DataRecord, TrainingRecord
 from apart_hf.training.evaluation import evaluate
 from apart_hf.utils.command_line import Parser, run_command
 from apart_hf.utils.processes import use_threads
@@ -47,13 +48,13 @@ def _run(args: argparse.Namespace) -> None:
     training = Exported.read(folder).training
     # in the arithmetic of the run, which moves the accuracy by tenths
     precision = {"bfloat16": "bf16", "float16": "fp16" if torch.cuda.is_available() else "no"}.get(
-        training.get("settings", {}).get("amp_dtype"), "no"
+        training.settings.get("amp_dtype", "float32"), "no"
     )
     accelerator = Accelerator(mixed_precision=precision)
     use_threads(None, accelerator.num_processes)
     data = measured_images(args, model, streaming=args.streaming)
     loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(data.val)
-    found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator)}
+    found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator).as_line()}
     skipped = int(accelerator.reduce(torch.tensor(loader.dataset.take_skipped(), device=accelerator.device)))
     found["images"] = None if data.val.size is None else len(data.val) - skipped
     holds = _report(args, found, training, accelerator)
@@ -61,23 +62,24 @@ def _run(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _same_images(args: argparse.Namespace, found: dict, training: dict) -> bool:
+def _same_images(args: argparse.Namespace, found: dict, training: TrainingRecord) -> bool:
     """Whether the claim is of the images that were measured, as far as their names and number tell."""
-    claim, data = training.get("results"), training.get("data") or {}
-    if claim is None or claim["split"] != found["split"] or claim.get("images") != found["images"]:
+    claim, data = training.results, training.data or DataRecord()
+    if claim is None or claim.split != found["split"] or claim.images != found["images"]:
         return False
     if args.data_dir is not None:
-        return Path(args.data_dir).resolve().name == training["dataset"]
-    return args.dataset in (data.get("name"), data.get("hub_id"))
+        return Path(args.data_dir).resolve().name == training.dataset
+    return args.dataset in (data.name, data.hub_id)
 
 
-def _report(args: argparse.Namespace, found: dict, training: dict, accelerator: Accelerator) -> bool:
+def _report(args: argparse.Namespace, found: dict, training: TrainingRecord, accelerator: Accelerator) -> bool:
     """Print what was measured; whether the claim holds."""
-    claim, comparable = training.get("results"), _same_images(args, found, training)
-    difference = found["top1"] - claim["top1"] if comparable else None
+    claim, comparable = training.results, _same_images(args, found, training)
+    difference = found["top1"] - claim.top1 if comparable else None
     holds = difference is None or abs(difference) <= TOLERANCE
     if args.json:
-        accelerator.print(json.dumps({**found, "claimed": claim, "holds": holds if comparable else None}))
+        claimed = None if claim is None else claim.to_dict()
+        accelerator.print(json.dumps({**found, "claimed": claimed, "holds": holds if comparable else None}))
         return holds
     accelerator.print(
         f"{args.checkpoint} on {found['split']}: top-1 {found['top1']:.2f} %, "
@@ -85,11 +87,11 @@ def _report(args: argparse.Namespace, found: dict, training: dict, accelerator: 
     )
     if comparable:
         accelerator.print(
-            f"claimed: top-1 {claim['top1']:.2f} %; {'it holds' if holds else 'it does NOT hold'} "
+            f"claimed: top-1 {claim.top1:.2f} %; {'it holds' if holds else 'it does NOT hold'} "
             f"(difference {difference:+.2f})"
         )
     else:
-        other = "nothing" if claim is None else f"for other images: {claim.get('images')} of split {claim['split']!r}"
+        other = "nothing" if claim is None else f"for other images: {claim.images} of split {claim.split!r}"
         accelerator.print(f"claimed: {other}")
     return holds
 

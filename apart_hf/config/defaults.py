@@ -58,7 +58,9 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
-def fill_from_data(config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int) -> TrainConfig:
+def fill_from_data(
+    config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int, *, img_size: int, experiment: str
+) -> TrainConfig:
     """The config with every None that depends on the data or the machine decided."""
     if config.lr is None:
         images = config.batch_size * accelerator.num_processes * config.grad_accum_steps
@@ -72,4 +74,6 @@ def fill_from_data(config: TrainConfig, data: ImageData, accelerator: Accelerato
         threads=threads,
         **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},
         num_classes=len(data.class_names),
+        img_size=img_size,
+        experiment=experiment,
     )

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from apart_hf.errors import ApartError
 from apart_hf.hub.model_folder import Exported, model_cards_folder
+from apart_hf.hub.training_record import TrainingRecord
 from apart_hf.models import is_registered_here
 from apart_hf.strategies.methods import METHODS
 
@@ -28,9 +29,9 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
     Raises: ApartError where the folder cannot be read.
     """
     model = Exported.read(folder)
-    training, method = model.training, model.training.get("method", "")
+    training, method = model.training, model.training.method or ""
     height, width = model.config["pretrained_cfg"]["input_size"][1:]
-    data_name = model.data.get("name")
+    data_name = model.data.name
     card = ModelCard.from_template(
         _card_data(model, repo_id),
         template_path=str(model_cards_folder() / "card.md"),
@@ -41,9 +42,9 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         validate=_validate(model),
         method=method,
         data_name=data_name,
-        every=training.get("settings", {}).get("every", 1),
-        ratio=training.get("ratio", 1.0),
-        comparison=[training["compared_with"], _row(model)] if model.results and "compared_with" in training else None,
+        every=training.settings.get("every", 1),
+        ratio=training.hyper.get("ratio", 1.0),
+        comparison=[training.compared_with, _row(model)] if model.results and training.compared_with else None,
         is_ours=is_registered_here(model.config["architecture"]),
         architecture=model.config["architecture"],
         width=width,
@@ -52,7 +53,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         has_plot=model.has_plot,
         settings=_settings(training),
         classes=model.config["num_classes"],
-        versions=", ".join(f"{name} {number}" for name, number in training.get("versions", {}).items()),
+        versions=", ".join(f"{name} {number}" for name, number in training.versions.items()),
         method_summary=METHODS[method].summary if method in METHODS else method,
     )
     return card if previous is None else _merged(card, previous)
@@ -61,36 +62,36 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
 def _validate(model: Exported) -> str | None:
     """Arguments that measure the claim again; None: its images are a part that no name stands for."""
     data, results = model.data, model.results
-    if not results or " " in results["split"]:
+    if not results or " " in results.split:
         return None
-    source = data.get("name") or data.get("hub_id")
-    return (f"--dataset {source}" if source else "--data-dir FOLDER") + f" --val-split {results['split']}"
+    source = data.name or data.hub_id
+    return (f"--dataset {source}" if source else "--data-dir FOLDER") + f" --val-split {results.split}"
 
 
 def _card_data(model: Exported, repo_id: str) -> ModelCardData:
     training, data, results = model.training, model.data, model.results
-    base = training.get("base_model")
+    base = training.base_model
     measured = {
         "task_type": "image-classification",
-        "dataset_type": data["hub_id"] if data.get("whole") else "imagefolder",  # a part is another dataset
-        "dataset_name": training.get("dataset"),
-        "dataset_config": data.get("config"),
+        "dataset_type": data.hub_id if data.whole else "imagefolder",  # a part is another dataset
+        "dataset_name": training.dataset,
+        "dataset_config": data.config,
         "metric_type": "accuracy",
     }
     return ModelCardData(
         license=model.config["pretrained_cfg"].get("license"),
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=[tag for tag in ("image-classification", "timm", "apart_hf", training.get("method")) if tag],
-        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        tags=[tag for tag in ("image-classification", "timm", "apart_hf", training.method) if tag],
+        datasets=[data.hub_id] if data.hub_id else None,
         base_model=base if base and "/" in base else None,
         metrics=["accuracy"] if results else None,
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
                 metric_name=f"top-{k} accuracy (%)",
-                metric_value=results[f"top{k}"],
-                dataset_split=results["split"],
+                metric_value=getattr(results, f"top{k}"),
+                dataset_split=results.split,
                 **measured,
             )
             for k in (1, 5)
@@ -103,22 +104,22 @@ def _card_data(model: Exported, repo_id: str) -> ModelCardData:
 def _summary(model: Exported) -> str:
     training, size = model.training, "x".join(map(str, model.config["pretrained_cfg"]["input_size"][1:]))
     text = f"`{model.config['architecture']}` for images of {size} pixels in {model.config['num_classes']} classes"
-    if not training:
+    if training.method is None:
         return text + "."
-    images = f" on {model.data['images']:,} images of {training['dataset']}" if model.data else ""
-    if model.data.get("hub_id") and not model.data.get("whole"):
-        images += f" (a part of {model.data['hub_id']})"
-    start = f", starting from `{training['base_model']}`" if training.get("base_model") else ""
-    return f"{text}, trained{images} by the method `{training['method']}` of apart_hf{start}."
+    images = f" on {model.data.images:,} images of {training.dataset}" if training.data else ""
+    if model.data.hub_id and not model.data.whole:
+        images += f" (a part of {model.data.hub_id})"
+    start = f", starting from `{training.base_model}`" if training.base_model else ""
+    return f"{text}, trained{images} by the method `{training.method}` of apart_hf{start}."
 
 
-def _settings(training: dict[str, Any]) -> dict[str, str]:
+def _settings(training: TrainingRecord) -> dict[str, str]:
     """Every setting that is in use, as text."""
-    if not training:
+    if training.method is None:
         return {}
-    hyper = METHODS[training["method"]].hyper_parameters() if training["method"] in METHODS else ()
-    found = {"method": training["method"], **{key: training.get(key) for key in hyper}, **training.get("settings", {})}
-    found |= {key: training.get(key) for key in ("seed", "recipe", "commit")}
+    hyper = METHODS[training.method].hyper_parameters() if training.method in METHODS else ()
+    found = {"method": training.method, **{key: training.hyper.get(key) for key in hyper}, **training.settings}
+    found |= {"seed": training.seed, "recipe": training.recipe, "commit": training.commit}
     return {
         key.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         for key, value in found.items()
@@ -136,9 +137,9 @@ def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
         raise ApartError("a comparison needs metrics beside both models; name the folders of runs.")
     for what, one, two in (
         ("networks", model.config["architecture"], other.config["architecture"]),
-        ("datasets", model.training["dataset"], other.training["dataset"]),
-        ("splits", model.results["split"], other.results["split"]),
-        ("numbers of images", model.results.get("images"), other.results.get("images")),
+        ("datasets", model.training.dataset, other.training.dataset),
+        ("splits", model.results.split, other.results.split),
+        ("numbers of images", model.results.images, other.results.images),
     ):
         if one != two:
             raise ApartError(f"the runs to compare are of the {what} {one!r} and {two!r}; name two of the same.")
@@ -147,10 +148,10 @@ def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
 
 def _row(model: Exported) -> dict[str, Any]:
     return {
-        "method": model.training["method"],
-        "passes": model.training["passes"],
-        "epochs": model.results["epoch"],
-        "top1": model.results["top1"],
+        "method": model.training.method,
+        "passes": model.training.passes,
+        "epochs": model.results.epoch,
+        "top1": model.results.top1,
     }
 
 

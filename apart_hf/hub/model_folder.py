@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apart_hf.errors import ApartError
+from apart_hf.hub.training_record import Claim, DataRecord, TrainingRecord
 from apart_hf.utils.files import sha256
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -57,11 +58,13 @@ class Exported:
 
     Args:
         config: of config.json.
+        training: its "apart" block; empty for a model that was not trained here.
         history: lines of metrics.jsonl; empty where there is none.
         has_plot: there is plots/training.png.
     """
 
     config: dict[str, Any]
+    training: TrainingRecord
     history: list[dict[str, float]]
     has_plot: bool
 
@@ -70,25 +73,24 @@ class Exported:
         """Raises: ApartError where it is neither."""
         config, metrics = read_config(weights_folder(folder)), folder / "metrics.jsonl"
         try:
+            training = TrainingRecord.from_dict(config["apart"])
+        except TypeError as error:
+            raise ApartError(f'{folder}: the block "apart" of its {CONFIG} cannot be read ({error}).') from error
+        try:
             history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         except ValueError as error:
             raise ApartError(f"{metrics} cannot be read ({error}); remove its last line, or the file.") from error
-        return cls(config, history, (folder / "plots" / "training.png").exists())
+        return cls(config, training, history, (folder / "plots" / "training.png").exists())
 
     @property
-    def training(self) -> dict[str, Any]:
-        """The "apart" block; empty for a model that was not trained here."""
-        return self.config["apart"]
+    def data(self) -> DataRecord:
+        """What the record says of the data; nothing, where it does not say."""
+        return self.training.data or DataRecord()
 
     @property
-    def data(self) -> dict[str, Any]:
-        """What the block says of the data."""
-        return self.training.get("data") or {}
-
-    @property
-    def results(self) -> dict[str, Any] | None:
-        """Split, epoch, top1, top5 and eval_loss of these weights, where metrics are beside them."""
-        return self.training.get("results") if self.history else None
+    def results(self) -> Claim | None:
+        """What is claimed of these weights, where metrics are beside them."""
+        return self.training.results if self.history else None
 
 
 def weights_folder(folder: Path) -> Path:

@@ -17,7 +17,9 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import load_image_data
 from apart_hf.data.fingerprint import fingerprint
 from apart_hf.errors import ApartError
+from apart_hf.hub.model_folder import Exported
 from apart_hf.hub.pretrained import load_pretrained
+from apart_hf.hub.training_record import DataRecord
 from apart_hf.paper.corrupted_part import corrupted_part
 from apart_hf.paper.corruptions import CorruptedImages
 from apart_hf.paper.jobs import Job, changed, check_together, flags_of, make_job
@@ -148,7 +150,8 @@ def _start(command: list[str]) -> tuple[int, bool]:
 def _result(job: Job, folder: Path, data: str) -> dict[str, Any]:
     """What is kept of a finished job."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    trained = json.loads((folder / "last" / "config.json").read_text())["apart"]
+    trained = Exported.read(folder).training
+    data_record = trained.data or DataRecord()
     source = {"data_dir": Path(job.places["data_dir"]).name} if "data_dir" in job.places else {}
     return {
         "run": job.name,
@@ -157,13 +160,13 @@ def _result(job: Job, folder: Path, data: str) -> dict[str, Any]:
         "cost": job.cost,
         "result": last,
         "settings": job.settings,
-        "amp_dtype": trained["settings"]["amp_dtype"],
-        "processes": trained["settings"].get("processes", 1),
+        "amp_dtype": trained.settings["amp_dtype"],
+        "processes": trained.settings.get("processes", 1),
         "command": shlex.join(["python", "scripts/train.py", *job.flags, *job.more, *flags_of(source)]),
         "data": data,
-        "whole": trained["data"]["whole"],
-        "images": trained["data"]["images"],
+        "whole": data_record.whole,
+        "images": data_record.images,
         "device": device_name(),
         "versions": versions(),
-        "commit": trained["commit"],
+        "commit": trained.commit,
     }

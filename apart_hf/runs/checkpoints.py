@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from apart_hf.training.random_state import random_state
+from apart_hf.runs.checkpoint_state import CheckpointState
+from apart_hf.training.state import ProcessState
 from apart_hf.utils.files import flush, sha256
 
 MANIFEST = "manifest.json"
@@ -41,17 +42,18 @@ class Checkpoints:
     keep: int = 2
     best: int | None = None
 
-    def save(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> str | None:
+    def save(self, shared: CheckpointState, own: ProcessState) -> str | None:
         """Write one under a temporary name, flush it, rename it; then remove those that need not stay.
 
         Args:
-            step: optimizer steps so far.
             shared: the same on all processes.
             own: this process's.
 
-        Returns: why it could not be written, on every process; None: it was. The earlier ones stay then.
+        Returns:
+            Why it could not be written, on every process; None: it was. The earlier ones stay then.
         """
-        final, temporary = self.folder / _name(step), self.folder / f".{_name(step)}"
+        name = _name(shared.trainer.steps)
+        final, temporary = self.folder / name, self.folder / f".{name}"
         problem = None
         for stage in (self._make, self._write, self._seal):
             if problem is None:
@@ -71,18 +73,18 @@ class Checkpoints:
             problem = " ".join(str(error).split()) or type(error).__name__
         return next((found for found in gather_object([problem]) if found), None)
 
-    def _make(self, temporary: Path, final: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    def _make(self, temporary: Path, final: Path, shared: CheckpointState, own: ProcessState) -> None:
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-    def _write(self, temporary: Path, final: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    def _write(self, temporary: Path, final: Path, shared: CheckpointState, own: ProcessState) -> None:
         self.accelerator.save_state(str(temporary))
-        torch.save({**own, "random": random_state()}, temporary / f"process-{self.accelerator.process_index}.pt")
+        torch.save(vars(own), temporary / f"process-{self.accelerator.process_index}.pt")
         if self.accelerator.is_main_process:
-            torch.save({**shared, "processes": self.accelerator.num_processes}, temporary / "run.pt")
+            torch.save(shared.to_dict(), temporary / "run.pt")
 
-    def _seal(self, temporary: Path, final: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    def _seal(self, temporary: Path, final: Path, shared: CheckpointState, own: ProcessState) -> None:
         if not self.accelerator.is_main_process:
             return
         files = [file for file in sorted(temporary.iterdir()) if file.is_file()]
@@ -127,10 +129,15 @@ class Checkpoints:
             problems.append(f"{folder.name} is passed over: {problem}")
         return None, problems
 
-    def read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(shared, own) of a checkpoint; changes nothing."""
+    def read(self, folder: Path) -> tuple[CheckpointState, ProcessState | None]:
+        """What a checkpoint holds of all processes and of this one, which it may not know. This changes nothing.
+
+        Raises:
+            ApartError: where it is of a later format.
+        """
         own = folder / f"process-{self.accelerator.process_index}.pt"
-        return _read(folder / "run.pt"), _read(own) if own.exists() else {}
+        shared = CheckpointState.from_dict(_read(folder / "run.pt"), folder)
+        return shared, ProcessState(**_read(own)) if own.exists() else None
 
     def restore(self, folder: Path) -> None:
         """Weights, optimizer and scaler as they were."""

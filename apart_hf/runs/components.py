@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from apart_hf.config.train_config import TrainConfig
-from apart_hf.data import DataSettings
+from apart_hf.data import DataSettings, LoaderSettings
 from apart_hf.errors import ApartError, first_line
 
 
@@ -84,3 +85,29 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 def data_settings(config: TrainConfig) -> DataSettings:
     names = [field.name for field in dataclasses.fields(DataSettings) if hasattr(config, field.name)]
     return DataSettings(**{name: getattr(config, name) for name in names}, skip_bad=config.on_bad_image == "skip")
+
+
+def loader_settings(config: TrainConfig, images: dict[str, Any]) -> LoaderSettings:
+    """How batches are made.
+
+    Args:
+        config: complete.
+        images: timm's description of the evaluation images.
+    """
+    return LoaderSettings(
+        images,
+        config.batch_size,
+        config.validation_batch_size or config.batch_size,
+        config.loader,
+        config.workers,
+        config.seed,
+        {
+            "aa": config.aa,
+            "color_jitter": config.color_jitter,
+            "reprob": config.reprob,
+            "interpolation": "random" if config.interpolation == "random" else None,
+        },
+        skip_bad=config.on_bad_image == "skip",
+        shuffle_buffer=config.shuffle_buffer,
+        padding=config.padding,
+    )

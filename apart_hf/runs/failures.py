@@ -14,8 +14,7 @@ from apart_hf.runs.interruption import ProcessLost
 from apart_hf.training.nonfinite import NonFinite
 
 if TYPE_CHECKING:
-    from apart_hf.runs.folder import RunFolder
-    from apart_hf.training.trainer import Trainer
+    from apart_hf.runs.run import Run
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -44,15 +43,17 @@ def out_of_memory(error: Exception, config: TrainConfig, more: str = "") -> Apar
     )
 
 
-def explained(error: Exception, config: TrainConfig, run: RunFolder, trainer: Trainer) -> Exception:
+def explained(error: Exception, run: Run) -> Exception:
     """What to tell the user of an error in training: itself, or one line in its place."""
+    config, trainer = run.config, run.trainer
+    steps = trainer.progress.steps
     if isinstance(error, NonFinite) and error.state_is_useless:
-        run.checkpoints.remove(trainer.steps)
+        run.checkpoints.remove(steps)
     text, (kept, _) = str(error), run.checkpoints.newest()
     last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
     go_on = "; to go on from it: --resume auto" if kept else ""
     if isinstance(error, NonFinite):
-        lower = ["--lr", *(f"--{radius}" for radius in ("epsilon", "rho") if radius in run.config.hyper_parameters())]
+        lower = ["--lr", *(f"--{radius}" for radius in ("epsilon", "rho") if radius in config.hyper_parameters())]
         clip = [] if config.clip_grad else ["--clip-grad 1"]
         skip = [] if config.on_nonfinite == "skip" else ["--on-nonfinite skip"]
         cures = ", ".join([f"a lower {' or '.join(lower)}", *clip, "--warmup-epochs", *skip])
@@ -60,7 +61,7 @@ def explained(error: Exception, config: TrainConfig, run: RunFolder, trainer: Tr
     if "without overflow" in text:  # torch's, of a number that a tensor does not take
         lr = trainer.optimizer.param_groups[0]["lr"]
         return ApartError(
-            f"step {trainer.steps + 1}: the optimizer computes with a number beyond float32, at learning rate {lr:g} "
+            f"step {steps + 1}: the optimizer computes with a number beyond float32, at learning rate {lr:g} "
             f"and --weight-decay {config.weight_decay:g}; lower them. {last}."
         )
     if is_out_of_memory(error):
@@ -68,7 +69,7 @@ def explained(error: Exception, config: TrainConfig, run: RunFolder, trainer: Tr
     worker = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
     if worker:
         line = (
-            f"loader process {worker[1]} is gone after step {trainer.steps}, most likely killed for lack of memory or "
+            f"loader process {worker[1]} is gone after step {steps}, most likely killed for lack of memory or "
             f"of shared memory (/dev/shm); take fewer than --workers {config.workers}, or --loader memory. {last}."
         )
         return ProcessLost(line) if kept else OneProcessError(line)

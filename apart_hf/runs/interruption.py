@@ -17,8 +17,7 @@ from apart_hf.errors import ApartError
 from apart_hf.utils.processes import SIGNALS, from_main_process
 
 if TYPE_CHECKING:
-    from apart_hf.runs.folder import RunFolder
-    from apart_hf.training.trainer import Trainer
+    from apart_hf.runs.run import Run
 
 
 EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
@@ -113,21 +112,19 @@ class Schedule:
 
     Args:
         interval: (steps, seconds) between checkpoints; None: not by that.
-        run: the folder, which saves.
-        trainer: what is saved.
-        stop: whether to stop.
+        run: which saves.
     """
 
-    def __init__(self, interval: tuple[int | None, float | None], run: RunFolder, trainer: Trainer, stop: StopRequest):
+    def __init__(self, interval: tuple[int | None, float | None], run: Run):
         self.steps, self.seconds = interval
-        self.run, self.trainer, self.stop = run, trainer, stop
+        self.run, self.stop, self.progress = run, run.stop, run.trainer.progress
         self.last = time.monotonic()
 
     def __call__(self) -> None:
         """Raises: Interrupted after the checkpoint of a run that is to stop."""
         stopping = bool(self.stop)
         if stopping or self._due():
-            self.run.save(self.trainer)
+            self.run.save()
             self.last = time.monotonic()
         if stopping:
             raise self._interrupted()
@@ -140,7 +137,7 @@ class Schedule:
 
     def _due(self) -> bool:
         if self.steps is not None:
-            return self.trainer.steps % self.steps == 0
+            return self.progress.steps % self.steps == 0
         if self.seconds is None:
             return False
         due = time.monotonic() - self.last >= self.seconds
@@ -148,7 +145,8 @@ class Schedule:
 
     def _interrupted(self) -> Exception:
         kept, _ = from_main_process(self.run.accelerator, self.run.checkpoints.newest)
+        steps = self.progress.steps
         name = self.stop.name or "a signal to another process"
         if kept is None:
-            return ApartError(f"stopped by {name} after step {self.trainer.steps}, and no checkpoint could be written.")
-        return Interrupted(f"stopped by {name} after step {self.trainer.steps}; the last checkpoint is {kept}.")
+            return ApartError(f"stopped by {name} after step {steps}, and no checkpoint could be written.")
+        return Interrupted(f"stopped by {name} after step {steps}; the last checkpoint is {kept}.")

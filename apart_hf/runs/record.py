@@ -9,6 +9,7 @@ from timm.models import PretrainedCfg
 
 from apart_hf.config.train_config import SETTINGS, TrainConfig
 from apart_hf.data import ImageData, registered
+from apart_hf.hub.training_record import DataRecord, TrainingRecord
 from apart_hf.utils.environment import git_commit, versions
 
 
@@ -20,7 +21,7 @@ def training_record(
     passes: float,
     processes: int,
     source: PretrainedCfg | dict[str, Any],
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Method and hyper-parameters, data, settings, seed, versions and commit.
 
     Args:
@@ -36,19 +37,19 @@ def training_record(
         kept.pop("decay_milestones", None)
     if config.initial_checkpoint is not None:
         kept["initial_checkpoint"] = Path(config.initial_checkpoint).name
-    return {
-        "method": config.method,
-        **hyper,
-        "passes": passes,
-        "dataset": config.dataset_name,
-        "data": _data(config, data),
-        "settings": kept | ({"processes": processes} if processes > 1 else {}),
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "base_model": _base_model(config, source),
-        "versions": versions(),
-        "commit": git_commit(),
-    }
+    return TrainingRecord(
+        config.method,
+        hyper,
+        passes,
+        config.dataset_name,
+        _data(config, data),
+        kept | ({"processes": processes} if processes > 1 else {}),
+        config.recipe,
+        config.seed,
+        _base_model(config, source),
+        versions(),
+        git_commit(),
+    )
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _base_model(config: TrainConfig, source: PretrainedCfg | dict[str, Any]) -> 
     return Path(name).name if place else source.get("hf_hub_id")
 
 
-def _data(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+def _data(config: TrainConfig, data: ImageData) -> DataRecord:
     """Name and Hub id are those of a registered dataset only where the data have its number of classes.
 
     "whole": what is measured on is that dataset's own split, not a part of it.
@@ -84,11 +85,6 @@ def _data(config: TrainConfig, data: ImageData) -> dict[str, Any]:
     else:
         whole = config.val_fraction is None or data.test is not None
     hub_id = data.spec.hub_id if same else data.spec.path if not data.spec.local else None
-    return {
-        "name": config.dataset if same else None,
-        "hub_id": hub_id,
-        "config": data.spec.config,
-        "split": data.train.name,
-        "images": len(data.train),
-        "whole": whole,
-    }
+    return DataRecord(
+        config.dataset if same else None, hub_id, data.spec.config, data.train.name, len(data.train), whole
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import DATASETS, ImageData, registered
+from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation
 from apart_hf.utils.plotting import plain
 
 
@@ -33,14 +33,47 @@ def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, i
     return lines
 
 
-def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None:
+def describe_epoch(metrics: EpochMetrics) -> list[str]:
+    """What is said of an epoch, in lines."""
+    trained, evaluation = metrics.trained, metrics.evaluation
+    parts = [f"epoch {metrics.epoch}: train loss {trained.train_loss:.3f}, top-1 {trained.train_top1:.1f} %"]
+    if evaluation is not None:
+        parts.append(
+            f"eval loss {evaluation.eval_loss:.3f}, top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} %"
+        )
+    parts.append(f"{trained.images_per_second:.0f} images/s, {trained.seconds:.1f} s, lr {metrics.lr:g}")
+    lines = [" | ".join(parts)]
+    if metrics.skipped_steps:
+        lines.append(
+            f"epoch {metrics.epoch}: {metrics.skipped_steps} step(s) left out for a loss or gradient that is not finite"
+        )
+    left_out = 0 if evaluation is None else evaluation.eval_skipped or 0
+    if metrics.train_skipped or left_out:
+        lines.append(
+            f"epoch {metrics.epoch}: images that cannot be decoded: {metrics.train_skipped} passed over in training, "
+            f"{left_out} left out of the evaluation"
+        )
+    return lines
+
+
+def describe_test(split: str, name: str, epoch: int, evaluation: Evaluation) -> str:
+    """What is said of weights, "last" or "best", on the test split."""
+    skipped = f"; {evaluation.eval_skipped} bad images left out" if evaluation.eval_skipped else ""
+    return (
+        f"test: split {split!r}, {name} (epoch {epoch}): loss {evaluation.eval_loss:.3f}, "
+        f"top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} %{skipped}"
+    )
+
+
+def plot_training(epochs: list[EpochMetrics], path: Path, title: str) -> None:
     """Loss and top-1 accuracy by epoch, of training and evaluation, as PNG.
 
     Args:
-        history: the lines of metrics.jsonl, one of them with an evaluation.
+        epochs: one of them with an evaluation.
         path: the file to write.
         title: of the figure.
     """
+    measured = [metrics.as_line() for metrics in epochs]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(plain(title))
     panels = [
@@ -49,7 +82,7 @@ def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None
     ]
     for axes, (label, lines) in zip(figure.subplots(1, 2), panels):
         for name, key, style in lines:
-            points = [(line["epoch"], line[key]) for line in history if key in line]
+            points = [(line["epoch"], line[key]) for line in measured if key in line]
             axes.plot(*zip(*points), style, label=name, markevery=max(1, len(points) // 12))
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,14 +1,20 @@
-"""Which run a command goes on with, whether it may, and that no other process is at it."""
+"""Going on with a run: whether it may, from where, and that no other process is at it."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from apart_hf.config.train_config import SETTINGS
 from apart_hf.errors import ApartError
+from apart_hf.runs.checkpoint_state import CheckpointState
+from apart_hf.utils.processes import from_main_process
+
+if TYPE_CHECKING:
+    from apart_hf.runs.run import Run
 
 
 def lock(folder: Path) -> IO[str]:
@@ -65,25 +71,66 @@ def check_unchanged(folder: Path, before: dict[str, Any], settings: dict[str, An
         )
 
 
-def place(shared: dict[str, Any], images: tuple[int, int]) -> int:
+def place(state: CheckpointState, images: tuple[int, int]) -> int:
     """How many batches of the epoch a checkpoint is in, for batches of another size.
 
     Args:
-        shared: of the checkpoint.
+        state: of the checkpoint.
         images: in a batch, and in an optimizer step, from now on.
 
     Raises: ApartError where steps, which the schedule counts, are of other sizes, or no batch ends there.
     """
-    (batch, step), (before, step_before) = images, shared["images"]
+    (batch, step), (before, step_before) = images, state.images
     if step != step_before:
         raise ApartError(
             f"the checkpoint is of {step_before} images a step on each process, now there are {step}, and the schedule "
             "counts steps; keep --batch-size times --grad-accum-steps."
         )
-    batches, rest = divmod(shared["batch"] * before, batch)
+    batches, rest = divmod(state.trainer.batch * before, batch)
     if rest:
         raise ApartError(
-            f"the checkpoint is {shared['batch']} batches of {before} images in an epoch, where no batch of {batch} "
-            "ends; keep --batch-size."
+            f"the checkpoint is {state.trainer.batch} batches of {before} images in an epoch, where no batch of "
+            f"{batch} ends; keep --batch-size."
         )
     return batches
+
+
+def go_on(run: Run) -> bool:
+    """Bring a run to where its checkpoint is.
+
+    With `override` the optimizer's settings and the schedule are the new ones.
+
+    Returns:
+        Whether anything is left to do.
+
+    Raises:
+        ApartError: where the checkpoint is of other settings, of other data or of another number of processes, or its
+            place cannot be found again. Then nothing was changed.
+    """
+    if run.checkpoint is None:
+        return True
+    config, trainer = run.config, run.trainer
+    state, own = run.checkpoints.read(run.checkpoint)
+    check_unchanged(run.folder.path, state.settings, dataclasses.asdict(config), config.override)
+    if state.data != run.digest:
+        raise ApartError(
+            f"{run.checkpoint} is of other data: their labels or numbers differ; give the same --data-dir and splits, "
+            "or start anew with another --experiment."
+        )
+    if state.processes != run.accelerator.num_processes or own is None:
+        raise ApartError(
+            f"{run.checkpoint} is of {state.processes} process(es), and {run.accelerator.num_processes} were started: "
+            "each goes on with random numbers and sums of its own; start as many."
+        )
+    state.trainer.batch = place(state, run.images_a_batch)
+    given = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+    run.checkpoints.restore(run.checkpoint)
+    if config.override:
+        state.trainer.scheduler = None
+        for group, settings in zip(trainer.optimizer.param_groups, given):
+            group.update(settings)
+    trainer.load_state(state.trainer, own)
+    run.history.epochs, run.checkpoints.best = state.history, state.best
+    done = trainer.progress.is_done(config.epochs, config.max_steps)
+    tested = from_main_process(run.accelerator, lambda: run.folder.go_on(run.history, done))
+    return not done or (run.data.test is not None and not tested)

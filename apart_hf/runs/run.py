@@ -1,201 +1,184 @@
-"""A whole run from one `TrainConfig`: data, model, strategy, training, and the folder it leaves."""
+"""A prepared run: it trains, and it is finished."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
+import logging
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
-from torch import nn
 
-from apart_hf.config.checks import check_names
-from apart_hf.config.defaults import fill_defaults, fill_from_data
 from apart_hf.config.train_config import TrainConfig
-from apart_hf.data import ImageData, Loaders, LoaderSettings, load_image_data
+from apart_hf.data import ImageData, Loaders
 from apart_hf.errors import ApartError
-from apart_hf.hub.publish import check_access, push
+from apart_hf.hub.publish import push
 from apart_hf.models import is_registered_here
-from apart_hf.runs.components import data_settings, make_accelerator, make_optimizer, make_scheduler
-from apart_hf.runs.failures import explained, is_out_of_memory, out_of_memory
+from apart_hf.runs.checkpoint_state import CheckpointState
+from apart_hf.runs.checkpoints import Checkpoints
+from apart_hf.runs.failures import explained
 from apart_hf.runs.folder import RunFolder
-from apart_hf.runs.interruption import Schedule, StopRequest, noticing_lost_processes
-from apart_hf.runs.model import make_model
-from apart_hf.runs.record import training_record
-from apart_hf.runs.report import describe_data
-from apart_hf.strategies.methods import create_strategy
+from apart_hf.runs.history import History
+from apart_hf.runs.interruption import Schedule, StopRequest
+from apart_hf.runs.report import describe_epoch
+from apart_hf.runs.test_split import evaluate_test
+from apart_hf.training.epoch_metrics import Evaluation
 from apart_hf.training.trainer import Trainer
-from apart_hf.utils.processes import from_main_process, use_threads
+from apart_hf.utils.processes import from_main_process
+
+_log = logging.getLogger(__name__)
 
 
-@noticing_lost_processes()
-def train(config: TrainConfig) -> Path:
-    """Run the training that `config` describes and return the run's folder.
+@dataclass
+class Run:
+    """One training run, made by `prepare`.
 
-    Raises:
-        ApartError: before anything is written, where the settings do not fit each other or the data; later, where
-            training cannot go on, see `apart_hf.runs.failures`.
-        Interrupted: where it stopped and can be resumed.
+    Args:
+        config: complete.
+        accelerator: of its processes.
+        data, loaders: what is trained and evaluated on.
+        trainer: the loop.
+        folder: its files.
+        is_new: the folder was made for this run.
+        checkpoints: to go on from.
+        checkpoint: the one that it goes on from; None: it starts anew.
+        digest: hash of the data.
+        stop: whether a signal has asked it to stop.
+
+    `history` holds the metrics of its epochs, `is_left` says whether anything is left to do.
     """
-    check_names(config)
-    config = fill_defaults(config)
-    stop = StopRequest()
-    try:
-        with stop.listening():
-            return _train(config, stop)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error, config) from error
-        raise
 
+    config: TrainConfig
+    accelerator: Accelerator
+    data: ImageData
+    loaders: Loaders
+    trainer: Trainer
+    folder: RunFolder
+    is_new: bool
+    checkpoints: Checkpoints
+    checkpoint: Path | None
+    digest: str
+    stop: StopRequest
 
-def _train(config: TrainConfig, stop: StopRequest) -> Path:
-    accelerator = stop.accelerator = make_accelerator(config)
-    if config.push_to_hub is not None:
-        from_main_process(accelerator, lambda: bool(check_access(config.push_to_hub)))
-    threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    set_seed(config.seed)
+    def __post_init__(self):
+        self.history = History(self.config.eval_metric)
+        self.is_left = True
 
-    data = _load(config, accelerator)
-    config = fill_from_data(config, data, accelerator, threads)
-    model, images = make_model(config, data)
-    ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
-    config = dataclasses.replace(config, img_size=images["input_size"][-1])
-    loaders = Loaders(
-        data,
-        LoaderSettings(
-            images,
-            config.batch_size,
-            config.validation_batch_size or config.batch_size,
-            config.loader,
-            config.workers,
-            config.seed,
-            {
-                "aa": config.aa,
-                "color_jitter": config.color_jitter,
-                "reprob": config.reprob,
-                "interpolation": "random" if config.interpolation == "random" else None,
-            },
-            skip_bad=config.on_bad_image == "skip",
-            shuffle_buffer=config.shuffle_buffer,
-            padding=config.padding,
-        ),
-        accelerator,
-    )
-    train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
-    model, optimizer = accelerator.prepare(model, make_optimizer(config, model))
-    if ema is not None:
-        ema.module.to(accelerator.device)
-    scheduler = make_scheduler(config, optimizer, math.ceil(len(train_loader) / config.grad_accum_steps))
-    strategy = create_strategy(
-        config.method,
-        model,
-        accelerator=accelerator,
-        **config.hyper_parameters(),
-        generator=torch.Generator().manual_seed(config.seed + accelerator.process_index),
-    )
-    strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
-    passes = strategy.method.passes(strategy.ratio, config.every)
-    source = accelerator.unwrap_model(model).pretrained_cfg
-    record = training_record(
-        config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes, source=source
-    )
-    run = RunFolder(config, images, data, strategy.hyper, record, accelerator)
-    set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
+    @property
+    def images_a_batch(self) -> tuple[int, int]:
+        """Images of one process in a batch, and in an optimizer step."""
+        return self.config.batch_size, self.config.batch_size * self.config.grad_accum_steps
 
-    say = accelerator.print
-    for line in describe_data(config, data, images["input_size"], loaders.kind):
-        say(line)
-    say(
-        f"model: {config.model}, {sum(p.numel() for p in model.parameters()):,} parameters; strategy: {strategy}, "
-        f"{passes:g} passes a step"
-    )
-    say(
-        f"run: {config.epochs} epochs of {len(train_loader)} steps, {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {threads} thread(s) each -> {run.folder}"
-    )
+    def fit(self) -> None:
+        """Train what is left of the epochs; record each, and write checkpoints.
 
-    mixes = config.mixup > 0 or config.cutmix > 0
-    trainer = Trainer(
-        accelerator,
-        model,
-        strategy,
-        optimizer,
-        scheduler,
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else config.smoothing),
-        train_loader=train_loader,
-        val_loader=val_loader,
-        clip_grad=config.clip_grad,
-        log_interval=config.log_interval,
-        mixup=Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(data.class_names))
-        if mixes
-        else None,
-        every=config.every,
-        ema=ema,
-        skip_bad=config.on_bad_image == "skip",
-        val_interval=config.val_interval,
-        skip_nonfinite=config.on_nonfinite == "skip",
-    )
-    if not run.restore(trainer):
-        say(f"{run.folder} is finished: {trainer.epoch} epochs, {trainer.steps} steps.")
-        _push(config, run.folder, accelerator)
-        return run.folder
-    if run.checkpoint is not None:
-        say(f"resumed from {run.checkpoint}: epoch {trainer.epoch + 1}, {trainer.batch} batches in.")
-    trainer.after_step = Schedule(config.checkpoint_interval, run, trainer, stop)
-    try:
-        with stop.noting():
-            for metrics in trainer.fit(config.epochs, config.max_steps):
-                run.add(metrics, trainer.evaluated, last=trainer.is_done(config.epochs, config.max_steps))
-                run.save(trainer)
-                trainer.after_step.check()
-    except Exception as error:
-        told = _told(error, config, run, trainer)
-        if told is error:
-            raise
-        raise told from error
-    result = run.history[-1] if data.test is None else run.test(trainer, loaders.evaluation(data.test))
-    accelerator.end_training()
-    ours = "import apart_hf and " if is_registered_here(source["architecture"]) else ""
-    say(
-        f"done: top-1 {result['top1']:.2f} % on {data.held_out.name}. Load it with "
-        f"{ours}timm.create_model('local-dir:{run.folder / 'last'}', pretrained=True)"
-    )
-    _push(config, run.folder, accelerator)
-    return run.folder
-
-
-def _told(error: Exception, config: TrainConfig, run: RunFolder, trainer: Trainer) -> Exception:
-    """See `explained`. torch's watch over loader processes may interrupt that, too."""
-    while True:
+        Raises:
+            ApartError: where it cannot go on.
+            Interrupted: where it was asked to stop, or a process is lost, and it can be resumed.
+        """
+        config, trainer, progress = self.config, self.trainer, self.trainer.progress
+        if not self.is_left:
+            _log.info("%s is finished: %d epochs, %d steps.", self.folder.path, progress.epoch, progress.steps)
+            return
+        if self.checkpoint is not None:
+            _log.info("resumed from %s: epoch %d, %d batches in.", self.checkpoint, progress.epoch + 1, progress.batch)
+        trainer.after_step = schedule = Schedule(config.checkpoint_interval, self)
         try:
-            run.discard_if_empty()
-            return explained(error, config, run, trainer)
-        except RuntimeError as again:
-            if "DataLoader worker" not in str(again):
+            with self.stop.noting():
+                for metrics in trainer.fit(config.epochs, config.max_steps):
+                    self.history.epochs.append(metrics)
+                    self._record(last=progress.is_done(config.epochs, config.max_steps))
+                    self.save()
+                    schedule.check()
+        except Exception as error:
+            told = self._told(error)
+            if told is error:
                 raise
+            raise told from error
 
+    def _record(self, *, last: bool) -> None:
+        """Say and write what the latest epoch gave."""
+        line = self.history.latest.as_line()
+        self.accelerator.log({key: value for key, value in line.items() if key != "epoch"}, step=line["epoch"])
+        for text in describe_epoch(self.history.latest):
+            _log.info(text)
+        if self.accelerator.is_main_process:
+            network = self.accelerator.unwrap_model(self.trainer.evaluated, keep_torch_compile=False)
+            self.folder.add(self.history, network, last=last)
 
-def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
-    """The data, of which one process fills the cache; where it cannot, all say why."""
-    loaded = []
-    from_main_process(accelerator, lambda: loaded.append(load_image_data(data_settings(config))))
-    return loaded[0] if loaded else load_image_data(data_settings(config))
+    def save(self) -> None:
+        """Write a checkpoint; where that fails, say so and go on."""
+        shared, own = self.trainer.state()
+        best = self.checkpoints.best
+        if shared.batch == 0 and self.history.best() is self.history.latest:  # the end of the best epoch so far
+            self.checkpoints.best = shared.steps
+        state = CheckpointState(
+            shared,
+            self.history.epochs,
+            self.checkpoints.best,
+            self.images_a_batch,
+            dataclasses.asdict(self.config),
+            self.digest,
+            self.accelerator.num_processes,
+        )
+        problem = self.checkpoints.save(state, own)
+        if problem is not None:
+            self.checkpoints.best = best
+            kept, _ = from_main_process(self.accelerator, self.checkpoints.newest)
+            stays = f"{kept.name} stays" if kept else "there is none yet"
+            _log.warning(
+                f"warning: no checkpoint at step {shared.steps} ({problem}); {stays}, and training goes on. Make room "
+                f"in {self.folder.path}."
+            )
 
+    def _told(self, error: Exception) -> Exception:
+        """See `explained`. torch's watch over loader processes may interrupt that, too."""
+        while True:
+            try:
+                self._discard_if_empty()
+                return explained(error, self)
+            except RuntimeError as again:
+                if "DataLoader worker" not in str(again):
+                    raise
 
-def _push(config: TrainConfig, folder: Path, accelerator: Accelerator) -> None:
-    """Where that is asked for; a run that was cut off before is pushed when it is resumed."""
-    if config.push_to_hub is None or not accelerator.is_main_process:
-        return
-    try:
-        print(f"pushed: {push(folder, config.push_to_hub)}")
-    except ApartError as error:
-        raise ApartError(
-            f"the run is complete, but not pushed: {error} The command: python scripts/push_to_hub.py {folder} "
-            f"{config.push_to_hub}"
-        ) from error
+    def _discard_if_empty(self) -> None:
+        """Remove the folder that this run has made, where it ends before its first epoch or checkpoint."""
+        made_here = self.accelerator.is_main_process and self.is_new
+        if made_here and not self.history.epochs and not self.checkpoints.all():
+            shutil.rmtree(self.folder.path)
+
+    def finish(self) -> Path:
+        """Evaluate the test split where there is one, say what came of the run, and push it where that is asked for.
+
+        Returns:
+            The run's folder.
+
+        Raises:
+            ApartError: where the run is complete, but not pushed.
+        """
+        if self.is_left:
+            result = self.history.latest.evaluation if self.data.test is None else evaluate_test(self)
+            self._end(result)
+        if self.config.push_to_hub is not None and self.accelerator.is_main_process:
+            self._push(self.config.push_to_hub)
+        return self.folder.path
+
+    def _end(self, result: Evaluation) -> None:
+        self.accelerator.end_training()
+        source = self.accelerator.unwrap_model(self.trainer.model).pretrained_cfg
+        ours = "import apart_hf and " if is_registered_here(source["architecture"]) else ""
+        _log.info(
+            f"done: top-1 {result.top1:.2f} % on {self.data.held_out.name}. Load it with "
+            f"{ours}timm.create_model('local-dir:{self.folder.path / 'last'}', pretrained=True)"
+        )
+
+    def _push(self, repo_id: str) -> None:
+        """A run that was cut off before this is pushed when it is resumed."""
+        try:
+            _log.info("pushed: %s", push(self.folder.path, repo_id))
+        except ApartError as error:
+            raise ApartError(
+                f"the run is complete, but not pushed: {error} The command: python scripts/push_to_hub.py "
+                f"{self.folder.path} {repo_id}"
+            ) from error

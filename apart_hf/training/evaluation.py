@@ -11,11 +11,12 @@ from torch import nn
 
 from apart_hf.data import IGNORED
 from apart_hf.errors import ApartError
+from apart_hf.training.epoch_metrics import Evaluation
 from apart_hf.training.metrics import K, TopKAccuracy
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> Evaluation:
     """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent.
 
     Args:
@@ -24,7 +25,11 @@ def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> 
             left out.
         accelerator: its arithmetic is used, and its processes join their shares.
 
-    Returns: eval_loss, top1, top5.
+    Returns:
+        The mean loss and both accuracies.
+
+    Raises:
+        ApartError: where no image can be decoded.
     """
     network.eval()
     device = accelerator.device
@@ -46,4 +51,4 @@ def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> 
     metric = TopKAccuracy(keep_in_memory=True)
     metric.add_batch(predictions=best[seen].cpu().numpy(), references=labels[seen].cpu().numpy())
     result = metric.compute()
-    return {"eval_loss": losses[seen].mean().item(), "top1": result["top1"], "top5": result["top5"]}
+    return Evaluation(losses[seen].mean().item(), result["top1"], result["top5"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
-from apart_hf.training.diagnosis import first_nonfinite_layer
+from apart_hf.training.diagnosis import cause, training_state
 
 PATIENCE = 100  # steps in a row without a usable one, after which a run ends
 
@@ -104,8 +104,7 @@ class Guard:
 
     def check_state(self, step: int) -> None:
         """Raises: NonFinite where what training leaves is not finite: weights, statistics, optimizer or average."""
-        bad = next((name for name, tensor in self._state() if not tensor.isfinite().all()), "")
-        bad = next((name for name in gather_object([bad]) if name), None)
+        bad = next((name for name in gather_object([self._first_bad()]) if name is not None), None)
         if bad is not None:
             raise NonFinite(f"after step {step}, at learning rate {self._lr():g}, {bad} is not finite.")
 
@@ -137,38 +136,13 @@ class Guard:
         self._copy(self._kept, self._buffers)
         if not self.skip:
             raise NonFinite(f"step {step}: {self._cause(images, loss)}.")
-        if self._anywhere(any(not tensor.isfinite().all() for _, tensor in self._state())):
+        if self._anywhere(self._first_bad() is not None):
             raise NonFinite(f"step {step}: {self._cause(images, loss)}. It is too late to leave the step out.")
         if self.in_a_row >= PATIENCE:
             raise NonFinite(f"step {step}, the {PATIENCE}th in a row to be left out: {self._cause(images, loss)}.")
 
     def _cause(self, images: Tensor, loss: Tensor) -> str:
-        """Loss, learning rate, and the first value that is not finite, of the process where it comes earliest."""
-        with self.accelerator.autocast():
-            rank, where = self._first(images)
-        _, loss, where = min(gather_object([(rank, f"{loss.item():g}", where)]))
-        return f"loss {loss}, learning rate {self._lr():g}; the first non-finite values are in {where}"
-
-    def _first(self, images: Tensor) -> tuple[int, str]:
-        """Where: (how early, 0 first; in words).
-
-        Parameters, images, the outputs of layers in the order in which a clean pass computes them, running statistics,
-        and gradients in the order in which they were computed, from the last layer to the first.
-        """
-        layer = first_nonfinite_layer(self.network, images)
-        gradients = ((name, p.grad) for name, p in self.network.named_parameters() if p.grad is not None)
-        places = (
-            ("the parameter {}", self.network.named_parameters()),
-            ("the images{}", [("", images)]),
-            ("the output of layer {}", [] if layer is None else [(layer, torch.tensor(torch.nan))]),
-            ("{}", self._watched.items()),
-            ("the gradient of {}", reversed(list(gradients))),
-        )
-        for place, (words, named) in enumerate(places):
-            name = next((name for name, tensor in named if not tensor.isfinite().all()), None)
-            if name is not None:
-                return place, words.format(name)
-        return len(places), "the loss alone"
+        return cause(self.accelerator, self.network, self._watched, images, loss, self._lr())
 
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -195,15 +169,7 @@ class Guard:
             return here
         return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum"))
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of all that training carries from step to step."""
-        yield from self.network.named_parameters()
-        yield from self._watched.items()
-        if self.ema is not None:
-            average = self.ema.module.state_dict()
-            yield from ((f"the average of {name}", average[name]) for name, _ in self.network.named_parameters())
-        names = {p: name for name, p in self.network.named_parameters()}
-        for p, values in self.optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    yield f"the optimizer's {key} of {names.get(p)}", value
+    def _first_bad(self) -> str | None:
+        """The name of what training carries from step to step and is not finite here; None: all is."""
+        state = training_state(self.network, self._watched, self.optimizer, self.ema)
+        return next((name for name, tensor in state if not tensor.isfinite().all()), None)

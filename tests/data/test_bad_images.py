@@ -15,7 +15,7 @@ from apart_hf.cli.train import main
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings
 from apart_hf.data.decoding import BadImage, rgb
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from tests.support.helpers import load
 from tests.support.images import BAD, damaged, png, write_bad
 
@@ -117,7 +117,7 @@ def test_nothing_but_bad_images(tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["memory", "workers"])
-def test_a_run_reports_what_it_passed_over(loader, tmp_path, capsys):
+def test_a_run_reports_what_it_passed_over(loader, tmp_path, capsys, spoken):
     (tmp_path / "data").mkdir()
     folder = train(
         TrainConfig(

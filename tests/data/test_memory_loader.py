@@ -18,7 +18,7 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings, Split
 from apart_hf.data.dataset_memory import InMemoryImages, decode
 from apart_hf.data.decoding import rgb
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from tests.support.helpers import load
 from tests.support.settings import CONFIG, MEAN, STD
 

@@ -18,7 +18,7 @@ from apart_hf.cli.train import main
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import Loaders, LoaderSettings
 from apart_hf.data.dataset_stream import StreamedImages
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from tests.support.helpers import ROOT, load, run
 
 CONFIG = {

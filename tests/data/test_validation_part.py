@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from apart_hf import ApartError
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data.splits import Split, stratified
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from tests.support.helpers import load, write_demo
 
 

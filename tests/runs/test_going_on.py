@@ -14,7 +14,7 @@ import yaml
 from apart_hf import ApartError
 from apart_hf.cli.train import main
 from apart_hf.runs.checkpoints import Checkpoints
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from apart_hf.training.trainer import Trainer
 from tests.support.helpers import ROOT, write_demo
 from tests.support.images import write_bad
@@ -146,7 +146,7 @@ def test_the_test_split_is_looked_at_again_after_a_longer_run(tmp_path, monkeypa
     one = train(settings(little, tmp_path, **more, epochs=1))
     assert json.loads((one / "test.json").read_text())["last"]["epoch"] == 1
     with monkeypatch.context() as patch:
-        patch.setattr("apart_hf.runs.folder.RunFolder.test", cut)
+        patch.setattr("apart_hf.runs.run.evaluate_test", cut)
         with pytest.raises(RuntimeError, match="cut off"):
             train(settings(little, tmp_path, **more, epochs=2, resume="auto", override=True))
     assert not (one / "test.json").exists()

@@ -6,7 +6,7 @@ import pytest
 
 from apart_hf import ApartError
 from apart_hf.runs.resume import place
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from apart_hf.training.trainer import Trainer
 from tests.support.processes import assert_equal_runs, latest, result
 from tests.support.settings import settings

@@ -11,7 +11,7 @@ from apart_hf.cli.train import main
 from apart_hf.runs import interruption
 from apart_hf.runs.checkpoints import damage
 from apart_hf.runs.interruption import EXIT_CODE
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from tests.support.helpers import run, write_demo
 from tests.support.processes import command, latest, start, wait_for_checkpoint
 from tests.support.settings import settings
@@ -170,9 +170,9 @@ def test_a_long_run_takes_no_more(case, little, tmp_path, monkeypatch):
 
     def measured(schedule):
         after_step(schedule)
-        if schedule.trainer.steps % 45 == 20:
+        if schedule.progress.steps % 45 == 20:
             own = psutil.Process()
-            taken[schedule.trainer.steps] = own.memory_info().rss / MB, own.num_fds()
+            taken[schedule.progress.steps] = own.memory_info().rss / MB, own.num_fds()
 
     monkeypatch.setattr(interruption.Schedule, "__call__", measured)
     train(

@@ -17,7 +17,8 @@ from apart_hf.config.arguments import parse_arguments
 from apart_hf.runs.checkpoints import damage
 from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.interruption import EXIT_CODE
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
+from apart_hf.training.epoch_metrics import Evaluation
 from tests.support.helpers import PUSHED, REPO, ROOT, arrived
 from tests.support.processes import TRAIN, assert_equal_runs, command, latest, result, start, wait_for_checkpoint
 from tests.support.settings import settings
@@ -55,7 +56,7 @@ def test_the_case_without_a_checkpoint_starts_anew(little, tmp_path):
     assert result(one)[0] == before[0]
 
 
-def test_a_finished_run_says_so(little, tmp_path, capsys):
+def test_a_finished_run_says_so(little, tmp_path, capsys, spoken):
     one = train(settings(little, tmp_path))
     stamp = (one / "last/model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
@@ -82,7 +83,7 @@ def test_auto_means_the_last_run_of_the_name(little, tmp_path, monkeypatch):
     assert other.name == first.name.replace("standard", "sam")  # there was none: it starts anew
 
 
-def test_a_run_that_was_cut_off_before_it_was_pushed(hub, quickly, little, tmp_path, capsys):
+def test_a_run_that_was_cut_off_before_it_was_pushed(hub, quickly, little, tmp_path, capsys, spoken):
     train(settings(little, tmp_path, epochs=1))
     train(settings(little, tmp_path, epochs=1, resume="auto", push_to_hub=REPO))
     assert "is finished" in capsys.readouterr().out and arrived(hub) == PUSHED
@@ -98,7 +99,7 @@ def test_a_longer_run_goes_on(little, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "no manifest"])
-def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys, spoken):
     one = train(settings(little, tmp_path))
     want = result(one)
     latest = sorted((one / "checkpoints").glob("step-*"))[-1]
@@ -123,9 +124,7 @@ def kept(run):
 def test_old_checkpoints_go_but_for_that_of_the_best_epoch(little, tmp_path, monkeypatch):
     losses = [3.0, 1.0, 2.0, 2.5]
     found = iter([*losses, *losses[2:]])
-    monkeypatch.setattr(
-        "apart_hf.training.trainer.evaluate", lambda *_: {"eval_loss": next(found), "top1": 0.0, "top5": 0.0}
-    )
+    monkeypatch.setattr("apart_hf.training.trainer.evaluate", lambda *_: Evaluation(next(found), 0.0, 0.0))
     more = {"checkpoint_hist": 2, "eval_metric": "eval_loss", "epochs": 4}
     one = train(settings(little, tmp_path, **more))
     assert kept(one) == [18, 34, 36]
@@ -207,7 +206,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path):
 
 def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
     whole = train(settings(little, tmp_path / "whole"))
-    write = RunFolder._write
+    write = RunFolder._export
 
     def limited(*arguments):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -218,7 +217,7 @@ def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "_write", limited)
+        patch.setattr(RunFolder, "_export", limited)
         with pytest.raises(ApartError, match=r"^cannot write .*run \(.*File too large.*\); make room there,.*--resume"):
             train(settings(little, tmp_path))
     assert not (tmp_path / "run/last").exists() and latest(tmp_path / "run").name == "step-00000008"

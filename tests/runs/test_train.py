@@ -17,7 +17,7 @@ from torch import nn
 from apart_hf import create_strategy
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.hub.export import export_folder
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from apart_hf.training.metrics import TopKAccuracy
 from apart_hf.training.trainer import Trainer
 from apart_hf.utils.processes import cores
@@ -208,7 +208,7 @@ def test_fewer_evaluations_change_nothing_else(tmp_path, small_data):
     assert best["top1"] == max(every[epoch - 1]["top1"] for epoch in (2, 4, 5))
 
 
-def test_our_own_architecture_says_what_it_needs(tmp_path, small_data, capsys):
+def test_our_own_architecture_says_what_it_needs(tmp_path, small_data, capsys, spoken):
     folder = train(
         TrainConfig(
             model="wide_resnet40_2", method="sam", data_dir=small_data, batch_size=8, max_steps=1, output=str(tmp_path)
@@ -289,9 +289,9 @@ def test_evaluation_counts_every_image_once():
     found = one.evaluate(one.val_loader)
     with torch.no_grad():
         output = model.eval()(images)
-    assert found["eval_loss"] == pytest.approx(nn.functional.cross_entropy(output, labels).item(), rel=1e-6)
-    assert found["top1"] == pytest.approx(100 * (output.argmax(1) == labels).float().mean().item())
-    assert found["top5"] == 100
+    assert found.eval_loss == pytest.approx(nn.functional.cross_entropy(output, labels).item(), rel=1e-6)
+    assert found.top1 == pytest.approx(100 * (output.argmax(1) == labels).float().mean().item())
+    assert found.top5 == 100
 
 
 def test_the_metric():

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from apart_hf import ApartError, create_strategy
 from apart_hf.cli.train import main
 from apart_hf.data.dataset_memory import InMemoryImages
-from apart_hf.runs.run import train
+from apart_hf.runs.train import train
 from apart_hf.training import nonfinite
 from apart_hf.training.nonfinite import NonFinite
 from apart_hf.training.trainer import Trainer
@@ -65,12 +65,12 @@ def test_a_step_that_is_left_out_leaves_no_trace(method, accumulated):
     for data in (all_of_them, all_of_them[:step] + all_of_them[step + accumulated :]):
         mine = copy.deepcopy(model)
         runs.append(trainer(mine, data, method, accumulated, ema=ModelEmaV3(mine, decay=0.9), skip_nonfinite=True))
-        found.append(next(iter(runs[-1].fit(1))))
+        found.append(next(iter(runs[-1].fit(1))).as_line())
     assert_same(*(everything(run) for run in runs), tolerance=0)
     assert [metrics.pop("skipped_steps") for metrics in found] == [1, 0]
     timing = {"seconds", "images_per_second"}
     assert all(found[0][key] == found[1][key] for key in found[0].keys() - timing)
-    assert runs[0].steps == runs[1].steps + 1
+    assert runs[0].progress.steps == runs[1].progress.steps + 1
 
 
 class Overflowing(nn.Module):
@@ -124,7 +124,7 @@ def test_what_the_message_names(name):
     with pytest.raises(NonFinite, match=f"^step 2: .*{said}") as raised:
         one.train_epoch("test")
     assert "learning rate 0.01;" in str(raised.value) and "\n" not in str(raised.value)
-    assert one.steps == 1  # the second was not made
+    assert one.progress.steps == 1  # the second was not made
     if name in ("images", "gradient"):
         weights = copy.deepcopy(model)
         reference = trainer(causes(name)[0], batches(1), "standard")
@@ -220,11 +220,11 @@ def two_ranks(rank, folder):
     metrics = one.train_epoch("test")
     found = {
         "state": copy.deepcopy(one.accelerator.unwrap_model(one.model).state_dict()),
-        "steps": one.steps,
+        "steps": one.progress.steps,
         "skipped": one.guard.take_skipped(),
-        "loss": metrics["train_loss"],
+        "loss": metrics.train_loss,
     }
-    one.guard.skip, one.batch, one.totals = False, 0, None  # the same epoch again
+    one.guard.skip, one.progress.batch, one.progress.totals = False, 0, None  # the same epoch again
     try:
         one.train_epoch("test")
     except NonFinite as error:
@@ -264,7 +264,9 @@ def one_bad_image(monkeypatch):
     monkeypatch.setattr(InMemoryImages, "__getitems__", harmed)
 
 
-def test_a_run_that_stopped_goes_on_by_skipping_and_is_one_that_skipped(little, one_bad_image, tmp_path, capsys):
+def test_a_run_that_stopped_goes_on_by_skipping_and_is_one_that_skipped(
+    little, one_bad_image, tmp_path, spoken, capsys
+):
     more = {"method": "apart-sam", "groups": 2, "checkpoint_every": "1"}
     whole = train(settings(little, tmp_path / "whole", **more, on_nonfinite="skip"))
     assert [line["skipped_steps"] for line in result(whole)[0]] == [1, 1]

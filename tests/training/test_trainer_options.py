@@ -55,7 +55,7 @@ def test_accumulation_is_the_mean_over_its_batches(method):
     want = reference_run(model, lambda _: method, 40, 8, 2)
     one = trainer(model, method, 40, 8, 2)
     one.train_epoch("test")
-    assert one.steps == 3
+    assert one.progress.steps == 3
     assert_same(dict(model.named_parameters()), want, tolerance=1e-10)
 
 
@@ -85,8 +85,8 @@ def test_the_average_of_the_weights_is_what_is_evaluated():
     found = one.evaluate(one.val_loader)
     images, labels = batch(16)
     with torch.no_grad():
-        assert found["eval_loss"] == pytest.approx(cross_entropy(ema.module.eval()(images), labels).item())
-        assert found["eval_loss"] != pytest.approx(cross_entropy(model.eval()(images), labels).item())
+        assert found.eval_loss == pytest.approx(cross_entropy(ema.module.eval()(images), labels).item())
+        assert found.eval_loss != pytest.approx(cross_entropy(model.eval()(images), labels).item())
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.6 compiles the passes anew at every call")

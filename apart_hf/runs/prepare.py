@@ -1,0 +1,158 @@
+"""The first act of a run: from its settings to all that training needs, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from apart_hf.config.defaults import fill_from_data
+from apart_hf.config.train_config import TrainConfig
+from apart_hf.data import ImageData, Loaders, load_image_data
+from apart_hf.data.fingerprint import data_digest
+from apart_hf.hub.publish import check_access
+from apart_hf.runs.checkpoints import Checkpoints
+from apart_hf.runs.components import data_settings, loader_settings, make_accelerator, make_optimizer, make_scheduler
+from apart_hf.runs.folder import RunFolder
+from apart_hf.runs.interruption import StopRequest
+from apart_hf.runs.location import find_folder, make_folder
+from apart_hf.runs.model import make_model
+from apart_hf.runs.record import training_record
+from apart_hf.runs.report import describe_data
+from apart_hf.runs.resume import go_on, lock
+from apart_hf.runs.run import Run
+from apart_hf.strategies.methods import create_strategy
+from apart_hf.training.trainer import Trainer
+from apart_hf.utils.files import writing
+from apart_hf.utils.processes import from_main_process, use_threads
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(config: TrainConfig, stop: StopRequest) -> Run:
+    """Make a run, or bring one to where its checkpoint is.
+
+    Args:
+        config: its names are checked and its defaults filled in.
+        stop: of the run; it is told the accelerator.
+
+    Raises:
+        ApartError: where the settings do not fit the data, the model or the machine (then nothing was written), or the
+            folder cannot be used.
+    """
+    accelerator = stop.accelerator = make_accelerator(config)
+    repository = config.push_to_hub
+    if repository is not None:
+        from_main_process(accelerator, lambda: bool(check_access(repository)))
+    threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    set_seed(config.seed)
+    data = _load(config, accelerator)
+    model, images = make_model(config, data)
+    path = from_main_process(accelerator, lambda: find_folder(config))
+    config = fill_from_data(config, data, accelerator, threads, img_size=images["input_size"][-1], experiment=path.name)
+    loaders = Loaders(data, loader_settings(config, images), accelerator)
+    trainer = _make_trainer(config, data, loaders, model, accelerator)
+    strategy = trainer.strategy
+    passes = strategy.method.passes(strategy.ratio, config.every)
+    source = accelerator.unwrap_model(trainer.model).pretrained_cfg
+    record = training_record(
+        config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes, source=source
+    )
+    is_new = from_main_process(accelerator, lambda: make_folder(path, config.resume))
+    folder = RunFolder(path, config, images, data.class_names, record, data.val)
+    checkpoints = Checkpoints(path / "checkpoints", accelerator, keep=config.checkpoint_hist)
+    checkpoint, problems = from_main_process(accelerator, lambda: _open(folder, checkpoints))
+    for problem in problems:
+        _log.info("checkpoint %s", problem)
+    _start_trackers(config, path, accelerator)
+    set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
+    for line in describe_data(config, data, images["input_size"], loaders.kind):
+        _log.info(line)
+    _log.info(
+        f"model: {config.model}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters; strategy: "
+        f"{strategy}, {passes:g} passes a step"
+    )
+    _log.info(
+        f"run: {config.epochs} epochs of {len(trainer.train_loader)} steps, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, {threads} thread(s) each -> {path}"
+    )
+    run = Run(
+        config, accelerator, data, loaders, trainer, folder, is_new, checkpoints, checkpoint, data_digest(data), stop
+    )
+    run.is_left = go_on(run)
+    return run
+
+
+def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
+    """The data, of which one process fills the cache; where it cannot, all say why."""
+    loaded: list[ImageData] = []
+    from_main_process(accelerator, lambda: loaded.append(load_image_data(data_settings(config))))
+    return loaded[0] if loaded else load_image_data(data_settings(config))
+
+
+def _make_trainer(
+    config: TrainConfig, data: ImageData, loaders: Loaders, model: nn.Module, accelerator: Accelerator
+) -> Trainer:
+    ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
+    train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
+    model, optimizer = accelerator.prepare(model, make_optimizer(config, model))
+    if ema is not None:
+        ema.module.to(accelerator.device)
+    scheduler = make_scheduler(config, optimizer, math.ceil(len(train_loader) / config.grad_accum_steps))
+    generator = torch.Generator().manual_seed(config.seed + accelerator.process_index)
+    strategy = create_strategy(
+        config.method, model, accelerator=accelerator, generator=generator, **config.hyper_parameters()
+    )
+    strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
+    mixes = config.mixup > 0 or config.cutmix > 0
+    mixup = None
+    if mixes:
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(data.class_names))
+    return Trainer(
+        accelerator,
+        model,
+        strategy,
+        optimizer,
+        scheduler,
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else config.smoothing),
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixup=mixup,
+        clip_grad=config.clip_grad,
+        every=config.every,
+        ema=ema,
+        log_interval=config.log_interval,
+        skip_bad=config.on_bad_image == "skip",
+        skip_nonfinite=config.on_nonfinite == "skip",
+        val_interval=config.val_interval,
+    )
+
+
+def _open(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
+    """Lock the folder and look what is there. Returns what `Checkpoints.newest` does."""
+    with writing(folder.path):
+        folder.lock = lock(folder.path)
+        checkpoints.recover()
+        checkpoint, problems = checkpoints.newest()
+    if checkpoint is None:
+        folder.begin()
+    return checkpoint, problems
+
+
+def _start_trackers(config: TrainConfig, path: Path, accelerator: Accelerator) -> None:
+    if not config.report_to:
+        return
+    accelerator.project_configuration.logging_dir = str(path)
+    settings: dict[str, Any] = dataclasses.asdict(config)
+    scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in settings.items()}
+    accelerator.init_trackers("trackers", config=scalars)

@@ -1,0 +1,41 @@
+"""A whole run from one `TrainConfig`, in three acts: it is prepared, it trains, and it is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apart_hf.config.checks import check_names
+from apart_hf.config.defaults import fill_defaults
+from apart_hf.config.train_config import TrainConfig
+from apart_hf.runs.failures import is_out_of_memory, out_of_memory
+from apart_hf.runs.interruption import StopRequest, noticing_lost_processes
+from apart_hf.runs.prepare import prepare
+
+
+@noticing_lost_processes()
+def train(config: TrainConfig) -> Path:
+    """Run the training that `config` describes.
+
+    Args:
+        config: what was given; what it leaves open is decided from the data, the model and the machine.
+
+    Returns:
+        The run's folder, OUTPUT/EXPERIMENT.
+
+    Raises:
+        ApartError: before anything is written, where the settings do not fit each other or the data; later, where
+            training cannot go on, see `apart_hf.runs.failures`.
+        Interrupted: where it stopped and can be resumed.
+    """
+    check_names(config)
+    config = fill_defaults(config)
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            run = prepare(config, stop)
+            run.fit()
+            return run.finish()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, config) from error
+        raise

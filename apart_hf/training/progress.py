@@ -1,0 +1,132 @@
+"""How far a training is, and what is said of it on the way."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import Tensor
+
+from apart_hf.training.epoch_metrics import TrainedEpoch
+
+_log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Optimizer steps in all, whole epochs, batches of the epoch that has begun, and their sums.
+
+    Args:
+        device: of the sums.
+
+    `totals`, (3,), are sums of losses, hits and samples over this process's batches; None: between epochs.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = device
+        self.steps = self.epoch = self.batch = 0
+        self.totals: Tensor | None = None
+        self._of_step = torch.zeros(3, device=device)
+
+    def begin_epoch(self) -> Tensor:
+        """Sums start from zero, unless the epoch has begun already. Returns them."""
+        if self.totals is None:
+            self.totals = torch.zeros(3, device=self.device)
+        self._of_step.zero_()
+        return self.totals
+
+    def end_epoch(self) -> None:
+        """Count it."""
+        self.epoch, self.batch, self.totals = self.epoch + 1, 0, None
+
+    def count(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Add a batch to the sums of its step.
+
+        Args:
+            loss: mean over its samples.
+            output: (M, classes) logits.
+            labels: (M,) class indices.
+        """
+        hits = (output.argmax(-1) == labels).sum()
+        self._of_step += torch.stack([loss * len(labels), hits, hits.new_tensor(len(labels))]).to(self._of_step)
+
+    def end_step(self, made: bool) -> None:
+        """Take the batches of a step into the sums where it was `made`, and forget them where it was left out."""
+        if made and self.totals is not None:
+            self.totals += self._of_step
+        self._of_step.zero_()
+
+    def has_made(self, max_steps: int | None) -> bool:
+        """Whether so many optimizer steps have been made; None: there is no such end."""
+        return max_steps is not None and self.steps >= max_steps
+
+    def is_done(self, epochs: int, max_steps: int | None) -> bool:
+        """Whether so many epochs, or optimizer steps, have been made and what is due after them; None: no such end."""
+        return self.epoch >= epochs or (self.batch == 0 and self.has_made(max_steps))
+
+
+class EpochReport:
+    """The bar of an epoch, or its log lines where there is no terminal; and what was measured at its end.
+
+    Args:
+        progress: of the training; its epoch has begun.
+        accelerator: its main process shows the bar.
+        title: for instance "epoch 3/200".
+        batches: in the whole epoch.
+        log_interval: steps between log lines where there is no bar.
+    """
+
+    def __init__(self, progress: Progress, accelerator: Accelerator, title: str, batches: int, log_interval: int):
+        self.progress, self.accelerator, self.title, self.batches = progress, accelerator, title, batches
+        self.on_terminal, self.interval = sys.stderr.isatty(), log_interval
+        self.first = self._shown = progress.batch
+        self._totals = progress.begin_epoch()
+        self._seen_before = self._totals[2].item()
+        self._start = time.perf_counter()
+        self._bar: Any = None
+
+    def over(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """The batches with their numbers in the epoch, from 1, under a bar."""
+        self._bar = tqdm(
+            batches,
+            main_process_only=True,
+            desc=self.title,
+            unit="step",
+            leave=False,
+            initial=self.first,
+            total=self.batches,
+            disable=not (self.on_terminal and self.accelerator.is_local_main_process),
+        )
+        try:
+            yield from enumerate(self._bar, start=self.first + 1)
+        finally:
+            self._bar.close()
+
+    def show(self, batch: int) -> None:
+        """Say how it goes, where that is due after a batch."""
+        since = batch - self._shown
+        if since < self.interval and not (self.on_terminal and since >= 5):
+            return
+        loss_sum, correct, seen = self._totals.tolist()
+        rate = (seen - self._seen_before) * self.accelerator.num_processes / (time.perf_counter() - self._start)
+        seen = seen or math.nan  # every step so far was left out
+        figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, {rate:.0f} images/s"
+        self._shown = batch
+        if self.on_terminal:
+            self._bar.set_postfix_str(figures)
+        else:
+            _log.info("%s, step %d/%d: %s", self.title, batch, self.batches, figures)
+
+    def measured(self) -> tuple[TrainedEpoch, float]:
+        """What was measured over all processes, and the number of samples; the loss is NaN where there was none."""
+        loss_sum, correct, seen = self.accelerator.reduce(self._totals, "sum").tolist()
+        seconds = time.perf_counter() - self._start
+        rate = (seen - self._seen_before * self.accelerator.num_processes) / seconds
+        samples = seen or math.nan
+        return TrainedEpoch(loss_sum / samples, 100 * correct / samples, rate, seconds), seen
