@@ -150,7 +150,7 @@ def _open(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Path | None, lis
 
 
 def _start_trackers(config: TrainConfig, path: Path, accelerator: Accelerator) -> None:
-    if not config.report_to:
+    if not config.trackers:
         return
     accelerator.project_configuration.logging_dir = str(path)
     settings: dict[str, Any] = dataclasses.asdict(config)
