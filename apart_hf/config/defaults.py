@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,21 +21,12 @@ if TYPE_CHECKING:
 
 
 def fill_defaults(config: TrainConfig) -> TrainConfig:
-    """The config with every None that depends on other settings decided; touches no data."""
-    usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
-    usual |= find_dataset(config.dataset, config.data_dir).defaults
-    method = METHODS[config.method]
-    known = method.hyper_parameters()
-    lacking = set(HYPER_PARAMETERS) - known.keys()
-    if config.batch_size is not None:
-        lacking.add("groups")  # it belongs to the usual batch size
-    if config.lr_base is not None:
-        lacking.add("lr")  # it is known when the processes are
-    usual = known | {key: value for key, value in usual.items() if key not in lacking}
-    config = dataclasses.replace(config, **{k: v for k, v in usual.items() if getattr(config, k) is None})
+    """Decide every None that depends on other settings alone; touches no data."""
+    decided = {key: value for key, value in _usual(config).items() if getattr(config, key) is None}
+    config = dataclasses.replace(config, **decided)
     epochs, milestones = config.epochs, config.decay_milestones
     if config.budget is not None:
-        passes = method.passes(config.ratio or 1.0, config.every)
+        passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
         epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
     if config.sched == "multistep" and any(m > epochs for m in milestones or ()):
         raise ApartError(
@@ -58,18 +49,40 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
+def plain_epochs(config: TrainConfig) -> int:
+    """How many epochs there are before a budget is shared over the method's passes."""
+    return config.epochs if config.epochs is not None else _usual(config)["epochs"]
+
+
+def _usual(config: TrainConfig) -> dict[str, Any]:
+    """What the dataset and the method suggest for the settings that are left open."""
+    usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
+    usual |= find_dataset(config.dataset, config.data_dir).defaults
+    known = METHODS[config.method].hyper_parameters()
+    lacking = set(HYPER_PARAMETERS) - known.keys()
+    if config.batch_size is not None:
+        lacking.add("groups")  # it belongs to the usual batch size
+    if config.lr_base is not None:
+        lacking.add("lr")  # it is known when the processes are
+    return known | {key: value for key, value in usual.items() if key not in lacking}
+
+
 def fill_from_data(
-    config: TrainConfig, data: ImageData, accelerator: Accelerator, threads: int, *, img_size: int, experiment: str
+    config: TrainConfig, data: ImageData, accelerator: Accelerator, *, threads: int, img_size: int, experiment: str
 ) -> TrainConfig:
-    """The config with every None that depends on the data or the machine decided."""
-    if config.lr is None:
-        images = config.batch_size * accelerator.num_processes * config.grad_accum_steps
-        adaptive = any(kind in config.opt.lower() for kind in ("ada", "lamb"))  # timm's rule
-        scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
-        growth = (images / config.lr_base_size) ** (1.0 if scale == "linear" else 0.5)
-        config = dataclasses.replace(config, lr=config.lr_base * growth)
+    """Decide every None that depends on the data, the model or the machine. The config is then complete.
+
+    Args:
+        config: its defaults are filled in.
+        data: what is trained on.
+        accelerator: of the run's processes.
+        threads: of each process.
+        img_size: edge in pixels of what the model is given.
+        experiment: name of the run's folder.
+    """
     return dataclasses.replace(
         config,
+        lr=learning_rate(config, accelerator.num_processes),
         amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
         threads=threads,
         **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},
@@ -77,3 +90,13 @@ def fill_from_data(
         img_size=img_size,
         experiment=experiment,
     )
+
+
+def learning_rate(config: TrainConfig, processes: int) -> float:
+    """`lr`, or what becomes of `lr_base` for the images that all processes take a step."""
+    if config.lr is not None:
+        return config.lr
+    images = config.batch_size * processes * config.grad_accum_steps
+    adaptive = any(kind in config.opt.lower() for kind in ("ada", "lamb"))  # timm's rule
+    scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return config.lr_base * (images / config.lr_base_size) ** (1.0 if scale == "linear" else 0.5)

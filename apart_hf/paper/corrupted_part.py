@@ -34,7 +34,7 @@ def corrupted_part(request: TableRequest, config: TrainConfig) -> CorruptedImage
     part = scale.reduction
     evaluated = len(load_image_data(data_settings(config)).val)
     chosen = np.sort(np.random.default_rng(0).permutation(evaluated)[: scale.corruptions])
-    whole = data_settings(dataclasses.replace(config, data_dir=request.data_dir))
+    whole = dataclasses.replace(data_settings(config), data_dir=request.data_dir)
     images, labels = evaluation_images(whole, classes=part.classes, images=part.images, chosen=chosen.tolist())
     found = corrupt_images(images, labels, severities=scale.severities, edge=part.edge)
     found.save(file)

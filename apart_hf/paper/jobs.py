@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apart_hf.config.arguments import parse_arguments
-from apart_hf.config.defaults import fill_defaults
+from apart_hf.config.defaults import fill_defaults, plain_epochs
 from apart_hf.config.train_config import SETTINGS, TrainConfig
 from apart_hf.data import DATASETS
 from apart_hf.errors import ApartError
@@ -61,7 +61,7 @@ class Job:
         """Passes over the data, in units of those of the recipe's plain training."""
         config, given = self.config, parse_arguments(self.arguments)
         passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
-        return passes * config.epochs / fill_defaults(dataclasses.replace(given, budget=None)).epochs
+        return passes * config.epochs / plain_epochs(given)
 
 
 def setting(request: TableRequest, dataset: str, model: str) -> str:

@@ -114,8 +114,8 @@ def _prepared_data(request: TableRequest, config: TrainConfig) -> str:
     """Make the scale's part of the dataset, where it takes one, and hash what runs are trained on."""
     reduction = SCALES[request.scale].reduction
     if reduction is not None:
-        whole = dataclasses.replace(config, data_dir=request.data_dir)
-        reduce_data(data_settings(whole), Path(config.data_dir), **dataclasses.asdict(reduction))
+        whole = dataclasses.replace(data_settings(config), data_dir=request.data_dir)
+        reduce_data(whole, Path(config.data_dir), **dataclasses.asdict(reduction))
     return fingerprint(load_image_data(data_settings(config)))
 
 

@@ -50,13 +50,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
     try:
         return create_optimizer_v2(
             model,
             opt=config.opt,
-            lr=config.lr,
+            lr=lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             filter_bias_and_bn=False,

@@ -9,7 +9,20 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.errors import ApartError
 
 
-def find_folder(config: TrainConfig) -> Path:
+def make_folder(config: TrainConfig) -> tuple[Path, bool]:
+    """Find and make the folder of a run in one go, so that runs that start together get folders of their own.
+
+    Returns:
+        The folder, and whether it is a new one.
+
+    Raises:
+        ApartError: where it cannot be made, or holds what is not a run's.
+    """
+    folder = _find(config)
+    return folder, _make(folder, config.resume)
+
+
+def _find(config: TrainConfig) -> Path:
     """The folder of a run; it need not be there yet.
 
     Raises:
@@ -26,7 +39,7 @@ def find_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def make_folder(folder: Path, resume: str | None) -> bool:
+def _make(folder: Path, resume: str | None) -> bool:
     """Make the folder of a run, or see that it is one that can be gone on with. Returns whether it is new.
 
     Raises:

@@ -16,7 +16,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from apart_hf.config.defaults import fill_from_data
+from apart_hf.config.defaults import fill_from_data, learning_rate
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import ImageData, Loaders, load_image_data
 from apart_hf.data.fingerprint import data_digest
@@ -25,7 +25,7 @@ from apart_hf.runs.checkpoints import Checkpoints
 from apart_hf.runs.components import data_settings, loader_settings, make_accelerator, make_optimizer, make_scheduler
 from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.interruption import StopRequest
-from apart_hf.runs.location import find_folder, make_folder
+from apart_hf.runs.location import make_folder
 from apart_hf.runs.model import make_model
 from apart_hf.runs.record import training_record
 from apart_hf.runs.report import describe_data
@@ -58,17 +58,18 @@ def prepare(config: TrainConfig, stop: StopRequest) -> Run:
     set_seed(config.seed)
     data = _load(config, accelerator)
     model, images = make_model(config, data)
-    path = from_main_process(accelerator, lambda: find_folder(config))
-    config = fill_from_data(config, data, accelerator, threads, img_size=images["input_size"][-1], experiment=path.name)
     loaders = Loaders(data, loader_settings(config, images), accelerator)
     trainer = _make_trainer(config, data, loaders, model, accelerator)
+    path, is_new = from_main_process(accelerator, lambda: make_folder(config))
+    config = fill_from_data(
+        config, data, accelerator, threads=threads, img_size=images["input_size"][-1], experiment=path.name
+    )
     strategy = trainer.strategy
     passes = strategy.method.passes(strategy.ratio, config.every)
     source = accelerator.unwrap_model(trainer.model).pretrained_cfg
     record = training_record(
         config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes, source=source
     )
-    is_new = from_main_process(accelerator, lambda: make_folder(path, config.resume))
     folder = RunFolder(path, config, images, data.class_names, record, data.val)
     checkpoints = Checkpoints(path / "checkpoints", accelerator, keep=config.checkpoint_hist)
     checkpoint, problems = from_main_process(accelerator, lambda: _open(folder, checkpoints))
@@ -105,7 +106,8 @@ def _make_trainer(
 ) -> Trainer:
     ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
     train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
-    model, optimizer = accelerator.prepare(model, make_optimizer(config, model))
+    optimizer = make_optimizer(config, model, learning_rate(config, accelerator.num_processes))
+    model, optimizer = accelerator.prepare(model, optimizer)
     if ema is not None:
         ema.module.to(accelerator.device)
     scheduler = make_scheduler(config, optimizer, math.ceil(len(train_loader) / config.grad_accum_steps))
