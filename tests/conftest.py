@@ -21,6 +21,7 @@ os.environ |= {
 }
 os.environ.pop("HF_TOKEN", None)
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -33,8 +34,10 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.runs.train import train
 from apart_hf.utils import hub_client
 from apart_hf.utils.command_line import logging_to_output
+from tests.support.fork_server import end_all
 from tests.support.helpers import batch, build, forget_accelerator, write_demo
 from tests.support.hub_server import HubServer
+from tests.support.markers import python_is_started_by_marked_tests
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
 
@@ -47,13 +50,36 @@ def pytest_sessionfinish(session):
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "hub" in item.fixturenames:
+            item.add_marker("hub")
+
+
+def pytest_collection_finish():
+    """A run ends with a full collection of garbage, which need not look at the libraries' million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    with python_is_started_by_marked_tests(item):
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
-def a_process_of_its_own():
-    """Accelerate keeps precision and device for a whole process; each test here stands for one."""
-    threads = torch.get_num_threads()
+def a_process_of_its_own(monkeypatch):
+    """Accelerate keeps precision and device for a whole process; each test here stands for one.
+
+    It computes with one thread: its models are so small that a second one costs more than it gives.
+    """
+    monkeypatch.setattr("apart_hf.utils.processes.cores", lambda: 1)
+    torch.set_num_threads(1)
     yield
     forget_accelerator()
-    torch.set_num_threads(threads)
+    end_all()
 
 
 @pytest.fixture

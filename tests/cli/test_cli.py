@@ -113,6 +113,7 @@ def test_an_experiment_that_exists_is_left_alone(tmp_path, capsys):
     assert not list((tmp_path / "mine").iterdir())
 
 
+@pytest.mark.process
 def test_the_script_itself_exits_with_2(tmp_path):
     result = run(sys.executable, ROOT / "scripts/train.py", "--model", "resnet_18", "--output", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.count("\n") == 1

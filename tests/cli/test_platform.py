@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from tests.support.helpers import run
 
 # what Windows lacks; libraries that adapt to it have been imported before
@@ -36,6 +38,7 @@ except apart_hf.ApartError as error:
 """
 
 
+@pytest.mark.process
 def test_training_is_refused_and_the_library_works(tmp_path):
     ended = run(sys.executable, "-c", WINDOWS + WORKS + REFUSED, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

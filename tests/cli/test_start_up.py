@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from tests.support.helpers import ROOT, run
 
 PROGRAM = """
@@ -24,6 +26,7 @@ print(json.dumps([sorted(package), sorted(third_party() - usual)]))
 """
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported_before_it_is_needed():
     ended = run(sys.executable, "-c", PROGRAM, ROOT / "scripts/train.py")
     assert ended.returncode == 0, ended.stderr

@@ -253,21 +253,9 @@ def test_what_can_be_read_starts_or_says_why(little, tmp_path_factory, drawn):
     arguments |= {name: START[name][number % len(START[name])] for name, number in drawn.items()}
     words = [word for name, value in arguments.items() for word in [f"--{name}", *[value] * (1 + 2 * (name == "mean"))]]
     forget_accelerator()
-    code, _, error = outcome(
-        [
-            *words,
-            "--data-dir",
-            little,
-            "--max-steps",
-            "1",
-            "--epochs",
-            "2",
-            "--threads",
-            "1",
-            "--output",
-            str(tmp_path_factory.mktemp("out")),
-        ]
-    )
+    output = str(tmp_path_factory.mktemp("out"))
+    words += ["--data-dir", little, "--max-steps", "1", "--epochs", "2", "--threads", "1", "--output", output]
+    code, _, error = outcome(words)
     assert code in (0, 2) and "Traceback" not in error
     if code:
         assert ": error: " in error.splitlines()[-1], error

@@ -154,27 +154,8 @@ def test_a_damaged_file_ends_a_run_in_one_line(workers, folder, tmp_path, capfd)
     shutil.copytree(folder, tmp_path / "data")
     damage(tmp_path / "data/train-00002-of-00004.parquet")
     with pytest.raises(SystemExit) as ended:
-        main(
-            [
-                "--model",
-                "test_resnet",
-                "--data-dir",
-                str(tmp_path / "data"),
-                "--streaming",
-                "-b",
-                "8",
-                "--groups",
-                "2",
-                "--epochs",
-                "1",
-                "--workers",
-                str(workers),
-                "--output",
-                str(tmp_path),
-                "--experiment",
-                "run",
-            ]
-        )
+        flags = f"--model test_resnet --streaming -b 8 --groups 2 --epochs 1 --workers {workers} --experiment run"
+        main([*flags.split(), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path)])
     error = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in error, error
     assert re.search(
@@ -248,37 +229,13 @@ def test_a_streamed_run_and_its_repetition(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_two_processes_stream_with_workers(folder, tmp_path):
     """Evaluation shares of 52 and 51 images: every image is counted once."""
-    result = run(
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        ROOT / "scripts/train.py",
-        "--model",
-        "test_resnet",
-        "--data-dir",
-        folder,
-        "--streaming",
-        "-b",
-        "16",
-        "-vb",
-        "8",
-        "--groups",
-        "4",
-        "--epochs",
-        "1",
-        "--workers",
-        "1",
-        "--output",
-        tmp_path,
-        "--experiment",
-        "two",
-        ACCELERATE_USE_CPU="true",
-    )
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    flags = "--model test_resnet --streaming -b 16 -vb 8 --groups 4 --epochs 1 --workers 1 --experiment two"
+    places = ["--data-dir", folder, "--output", tmp_path]
+    result = run(*launch.split(), ROOT / "scripts/train.py", *flags.split(), *places, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     assert "103 training and 103 evaluation images" in result.stdout and "1 epochs of 3 steps" in result.stdout
     found = json.loads((tmp_path / "two/metrics.jsonl").read_text())

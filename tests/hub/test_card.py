@@ -36,7 +36,7 @@ def test_the_usage_on_the_card_runs(hub, quickly, folder, capsys):
     assert capsys.readouterr().out.strip() in load_pretrained(str(folder))[0].pretrained_cfg["label_names"]
 
 
-def test_a_folder_that_timm_saved(hub, tmp_path):
+def test_a_folder_that_timm_saved(hub, quickly, tmp_path):
     model = timm.create_model("test_efficientnet", num_classes=3)
     timm.models.save_for_hf(model, str(tmp_path / "plain"), safe_serialization=True)
     push(tmp_path / "plain", "user/plain")

@@ -1,19 +1,22 @@
 """What may be exported: only what config.json gives again."""
 
 import json
+import os
+import sys
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from apart_hf import ApartError
+from apart_hf import ApartError, create_strategy
 from apart_hf.data import data_config
 from apart_hf.hub.export import export_folder
 from apart_hf.utils.files import sha256
-from tests.support.helpers import build
+from tests.support.helpers import batch, build, run
 
 
 def export(model, folder, size=32):
@@ -119,3 +122,42 @@ def test_training_goes_on_as_before(tmp_path):
     generator = torch.get_rng_state()
     export(model, tmp_path)
     assert model.training and torch.equal(torch.get_rng_state(), generator) and not model._forward_hooks
+
+
+@pytest.mark.process
+def test_timm_alone_gives_the_same_logits_bit_for_bit(tmp_path):
+    """After a training step, of weights in either memory layout; loaded by a process that does not know us."""
+    images, targets = batch(8, dtype=torch.float32)
+    safetensors.torch.save_file({"images": images}, tmp_path / "in.safetensors")
+    models = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = build("resnet18", dtype=torch.float32).to(memory_format=layout)
+        folder = tmp_path / str(len(models))
+        models[folder] = model
+        create_strategy("apart", model, groups=2).accumulate_gradients(images, targets, nn.functional.cross_entropy)
+        keys = list(model.state_dict())
+        config = data_config(model.pretrained_cfg, (32, 32)) | {"mean": (0.1,) * 3, "std": (0.2,) * 3}
+        for _ in range(2):  # the second replaces the first
+            export_folder(model, folder / "m", data_config=config, label_names=list("abcde"), tag="t", apart={"a": 1})
+        assert {p.name for p in folder.iterdir()} == {"m"} and os.access(folder / "m/model.safetensors", os.R_OK)
+        assert list(model.state_dict()) == keys
+    code = """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+for folder in sys.argv[2:]:
+    model = timm.create_model(f"local-dir:{folder}/m", pretrained=True).eval()
+    assert "apart_hf" not in sys.modules
+    cfg = model.pretrained_cfg
+    assert cfg["tag"] == "t" and cfg["label_names"] == list("abcde") and not cfg.get("license")
+    assert cfg["input_size"] == (3, 32, 32) and list(cfg["std"]) == [0.2] * 3 and model.num_classes == 5
+    with torch.no_grad():
+        save_file({"out": model(load_file(sys.argv[1])["images"])}, f"{folder}/out.safetensors")
+"""
+    result = run(sys.executable, "-c", code, tmp_path / "in.safetensors", *models)
+    assert result.returncode == 0, result.stderr
+    torch.set_num_threads(1)
+    for folder, model in models.items():
+        with torch.no_grad():
+            want = model.to(memory_format=torch.contiguous_format).eval()(images)
+        assert torch.equal(safetensors.torch.load_file(folder / "out.safetensors")["out"], want)

@@ -12,13 +12,14 @@ from huggingface_hub import ModelCard
 
 from apart_hf import ApartError, list_pretrained, load_pretrained
 from apart_hf.cli.push_to_hub import main as push_command
+from apart_hf.cli.train import main as train_command
 from apart_hf.cli.validate import main as validate_command
 from apart_hf.hub.pretrained import find_pretrained
 from apart_hf.hub.publish import PushOptions, push
 from tests.support.helpers import PUSHED, REPO, ROOT, arrived, demo_rows, run
 
 
-def test_one_commit_with_everything_and_nothing_else(hub, folder):
+def test_one_commit_with_everything_and_nothing_else(hub, quickly, folder):
     url = push(folder, REPO)
     assert arrived(hub) == PUSHED and len(hub.commits(REPO)) == 2 and REPO in url
     tensors = safetensors.torch.load(hub.files(REPO)["model.safetensors"])
@@ -52,24 +53,13 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.process
 def test_train_push_load_validate(hub, tmp_path, capsys):
     """The whole way, by its commands: what the card claims is measured again from the Hub."""
-    result = run(
-        sys.executable,
-        ROOT / "scripts/train.py",
-        "--model",
-        "test_resnet",
-        "--max-steps",
-        "12",
-        "--output",
-        tmp_path,
-        "--push-to-hub",
-        REPO,
-        "--license",
-        "mit",
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"pushed: {hub.url}/{REPO}" in result.stdout and "hf_write" not in result.stdout + result.stderr
+    flags = f"--model test_resnet --max-steps 12 --license mit --push-to-hub {REPO}"
+    train_command([*flags.split(), "--output", str(tmp_path)])
+    said = capsys.readouterr()
+    assert f"pushed: {hub.url}/{REPO}" in said.out and "hf_write" not in said.out + said.err
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     claimed = {r.metric_name: r.metric_value for r in card.data.eval_results}["top-1 accuracy (%)"]
     last = json.loads((tmp_path / "demo-test_resnet-apart/metrics.jsonl").read_text().splitlines()[-1])
@@ -90,6 +80,7 @@ def test_train_push_load_validate(hub, tmp_path, capsys):
     assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.process
 def test_every_released_model(hub, capsys):
     before = {file: file.read_bytes() for file in (ROOT / "model_cards").rglob("*") if file.is_file()}
     push_command(["--all", str(ROOT / "model_cards")])

@@ -4,53 +4,40 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
+import time
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from PIL import Image
 
-from tests.support.helpers import ROOT
-from tests.support.hub_server import HubServer
-
-PRELUDE = """
-import json, os, time
-from pathlib import Path
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
-
-api, work, seen = HfApi(), Path(os.environ["WORK"]), {}
 
 def failure(call, *arguments, **more):
+    """(type, message) of what it raises."""
     try:
         call(*arguments, **more)
     except Exception as error:
         return type(error).__name__, " ".join(str(error).split())
 
+
 def contents(folder):
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and ".cache" not in path.parts)
     return {path.relative_to(folder).as_posix(): path.read_bytes().hex() for path in files}
-"""
 
 
 @pytest.fixture
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub, tmp_path):
-    """Runs code in a process of its own; what it put into `seen`."""
+def client(hub, tmp_path, monkeypatch):
+    """Runs code of a user who has a token; what it put into `seen`, as JSON has it."""
 
     def run(code, token="hf_write", given=None):
-        command = [sys.executable, "-c", f"{PRELUDE}\ngiven = {given!r}\n{code}\nprint(json.dumps(seen))"]
-        environment = os.environ | hub.environment(tmp_path / "home", token)
-        environment |= {"WORK": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        names = (HfApi, ModelCard, Path, contents, failure, hf_hub_download, snapshot_download, time)
+        scope = {name.__name__: name for name in names} | {"api": HfApi(), "work": tmp_path, "given": given, "seen": {}}
+        exec(code, scope)
+        return json.loads(json.dumps(scope["seen"]))
 
     return run
 

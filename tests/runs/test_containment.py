@@ -67,23 +67,8 @@ def test_all_that_is_written_is_in_the_run_s_folder(arguments, name, here, capsy
 
 
 def test_no_token_is_written_or_said(hub, quickly, here, capsys):
-    main(
-        [
-            *ONE,
-            "--data-dir",
-            "../../x",
-            "--output",
-            "out",
-            "--experiment",
-            "run",
-            "--report-to",
-            "tensorboard",
-            "--push-to-hub",
-            REPO,
-            "--license",
-            "mit",
-        ]
-    )
+    flags = f"--data-dir ../../x --output out --experiment run --report-to tensorboard --push-to-hub {REPO}"
+    main([*ONE, *flags.split(), "--license", "mit"])
     written = [path for path in here.rglob("*") if path.is_file()]
     names = {path.name for path in written}
     assert {"README.md", "config.yaml", "metrics.jsonl", "config.json", "run.pt", "manifest.json"} <= names

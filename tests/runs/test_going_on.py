@@ -234,6 +234,7 @@ def test_a_checkpoint_by_the_clock(little, tmp_path, monkeypatch):
     assert set(steps) > {9, 18, 27, 36}  # beside those of the epochs
 
 
+@pytest.mark.process
 def test_a_full_disk_under_the_log(little, tmp_path):
     with open("/dev/full", "w") as full:
         process = subprocess.run(

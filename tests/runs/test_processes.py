@@ -1,18 +1,22 @@
 """Runs of two processes: one dies or hangs, both are stopped, both go on."""
 
+import datetime
 import json
 import signal
 import sys
 import time
 
 import pytest
+import torch.distributed as dist
 
+from apart_hf.cli.train import main
 from apart_hf.runs.checkpoints import damage
 from apart_hf.runs.interruption import EXIT_CODE
-from tests.support.helpers import ROOT
-from tests.support.processes import assert_equal_runs, command, latest, start, start_ranks, wait_for_checkpoint
+from tests.support.processes import assert_equal_runs, command, fork_ranks, latest, start, wait_for_checkpoint
 
 SECONDS = 30  # within which the others end; seen: 2 to 4
+
+pytestmark = pytest.mark.process
 
 
 def ended(processes, seconds=300):
@@ -41,7 +45,7 @@ def lose(victim, ranks, folder):
 
 
 def test_one_process_dies(little, tmp_path):
-    lose(1, start_ranks(command(little, tmp_path, "-b", "4")), tmp_path / "run")
+    lose(1, fork_ranks(command(little, tmp_path, "-b", "4")), tmp_path / "run")
 
 
 KINDS = {
@@ -57,7 +61,7 @@ def test_two_processes_go_on_exactly(kind, little, tmp_path):
     """After each of them was killed, and after both were stopped by a signal to one."""
 
     def run(name):
-        return start_ranks(command(little, tmp_path / name, "-b", "4", *KINDS[kind]))
+        return fork_ranks(command(little, tmp_path / name, "-b", "4", *KINDS[kind]))
 
     codes, errors = ended(run("whole"))
     assert codes == [0, 0], errors
@@ -81,28 +85,26 @@ def test_two_processes_go_on_exactly(kind, little, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("before, now", [(1, 2), (2, 1)])
 def test_another_number_of_processes_is_refused(before, now, little, tmp_path):
-    codes, errors = ended(start_ranks(command(little, tmp_path, "-b", "4", "--max-steps", "6"), before))
+    codes, errors = ended(fork_ranks(command(little, tmp_path, "-b", "4", "--max-steps", "6"), before))
     assert codes == [0] * before, errors
     was = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file() and file.name != ".lock"}
-    codes, errors = ended(start_ranks(command(little, tmp_path, "-b", "4", "--max-steps", "9", "--override"), now))
+    codes, errors = ended(fork_ranks(command(little, tmp_path, "-b", "4", "--max-steps", "9", "--override"), now))
     assert codes == [2] * now and f"is of {before} process(es), and {now} were started" in errors[0]
     assert [error.count("\n") for error in errors] == [1, 0][:now]
     del was[tmp_path / "run/config.yaml"]  # rewritten
     assert all(file.read_bytes() == content for file, content in was.items())
 
 
+def impatient_main(arguments):
+    begin = dist.init_process_group
+    dist.init_process_group = lambda *a, **k: begin(*a, **k | {"timeout": datetime.timedelta(seconds=5)})
+    main(arguments)
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs(little, tmp_path):
     """After the time that torch gives an exchange, here 5 seconds, usually 30 minutes."""
-    code = (
-        "import datetime, functools, sys, torch.distributed as dist; from apart_hf.cli.train import main\n"
-        "begin = dist.init_process_group\n"
-        "dist.init_process_group = lambda *a, **k: begin(*a, **k | {'timeout': datetime.timedelta(seconds=5)})\n"
-        "main(sys.argv[1:])"
-    )
-    _, script, *flags = command(little, tmp_path, "-b", "4")
-    assert script == str(ROOT / "scripts/train.py")
-    ranks = start_ranks([sys.executable, "-c", code, *flags])
+    ranks = fork_ranks(command(little, tmp_path, "-b", "4"), main=impatient_main)
     wait_for_checkpoint(ranks[0], tmp_path / "run")
     ranks[1].send_signal(signal.SIGSTOP)
     try:

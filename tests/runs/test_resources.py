@@ -1,7 +1,7 @@
 """Runs that lack memory or lose a loader process, and what a long run takes of both."""
 
 import contextlib
-import sys
+import resource
 import time
 
 import psutil
@@ -12,8 +12,9 @@ from apart_hf.runs import interruption
 from apart_hf.runs.checkpoints import damage
 from apart_hf.runs.interruption import EXIT_CODE
 from apart_hf.runs.train import train
-from tests.support.helpers import run, write_demo
-from tests.support.processes import command, latest, start, wait_for_checkpoint
+from tests.support.fork_server import Forked
+from tests.support.helpers import write_demo
+from tests.support.processes import command, fork, latest, wait_for_checkpoint
 from tests.support.settings import settings
 
 MB = 2**20
@@ -26,35 +27,18 @@ def little(tmp_path_factory):
 
 def arguments(little, output, *flags):
     """Of a run."""
-    return [
-        "--model",
-        "test_resnet",
-        "--method",
-        "standard",
-        "--data-dir",
-        little,
-        "-b",
-        "8",
-        "--epochs",
-        "2",
-        "--threads",
-        "1",
-        "--output",
-        str(output),
-        "--experiment",
-        "run",
-        *map(str, flags),
-    ]
+    own = "--model test_resnet --method standard -b 8 --epochs 2 --threads 1 --experiment run"
+    return [*own.split(), "--data-dir", little, "--output", str(output), *map(str, flags)]
 
 
-# a new process: memory that other tests have used and given back would not count
-NO_MORE_MEMORY = f"""
-import resource, sys, psutil
-from apart_hf.cli.train import main
-most = psutil.Process().memory_info().vms + int(sys.argv[1]) * {MB}
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
-main(sys.argv[2:])
-"""
+def main_with_little_memory(arguments):
+    """With 800 MB beyond what the libraries take.
+
+    In a new process: memory that other tests have used and given back would not count.
+    """
+    most = psutil.Process().memory_info().vms + 800 * MB
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    main(arguments)
 
 
 def test_images_too_large_for_any_memory(little, tmp_path, capsys):
@@ -67,35 +51,14 @@ def test_images_too_large_for_any_memory(little, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["training", "evaluation"])
 def test_out_of_memory(where, little, tmp_path):
-    """With 800 MB beyond what the libraries take."""
     sizes = {"training": (64, 8), "evaluation": (2, 60)}[where]
-    failed = run(
-        sys.executable,
-        "-c",
-        NO_MORE_MEMORY,
-        800,
-        *arguments(
-            little,
-            tmp_path,
-            "-b",
-            sizes[0],
-            "--validation-batch-size",
-            sizes[1],
-            "--checkpoint-every",
-            2,
-            "--img-size",
-            512,
-            "--max-steps",
-            2,
-            "--loader",
-            "workers",
-            "--workers",
-            0,
-        ),
-    )
-    error = failed.stderr
+    flags = f"-b {sizes[0]} --validation-batch-size {sizes[1]} --checkpoint-every 2 --img-size 512 --max-steps 2"
+    flags = [*flags.split(), "--loader", "workers", "--workers", "0"]
+    failed = Forked(main_with_little_memory, (arguments(little, tmp_path, *flags),))
+    _, error = failed.communicate(timeout=300)
     assert failed.returncode == 2 and error.count("\n") == 1, error
     assert f"out of memory at --batch-size {sizes[0]} images of 512 pixels (" in error
     assert f"--batch-size {sizes[0] // 2} --grad-accum-steps 2" in error
@@ -117,26 +80,16 @@ def loader_process(process, folder):
                 if found:
                     return found[0]
         time.sleep(0.01)
+    process.kill()
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_a_loader_process_is_killed(checkpointed, little, tmp_path):
     folder = tmp_path / "run"
-    process = start(
-        command(
-            little,
-            tmp_path,
-            "--loader",
-            "workers",
-            "--workers",
-            "1",
-            "--epochs",
-            "500",
-            "--checkpoint-every",
-            "2" if checkpointed else "100000",
-        )
-    )
+    flags = f"--loader workers --workers 1 --epochs 500 --checkpoint-every {2 if checkpointed else 100_000}"
+    process = fork(command(little, tmp_path, *flags.split()))
     loader = loader_process(process, folder)
     if checkpointed:
         wait_for_checkpoint(process, folder)

@@ -1,26 +1,22 @@
 """A run that was cut off goes on exactly: weights and metrics bit for bit those of a run that was not."""
 
+import contextlib
 import json
-import os
-import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
+import torch
 
 from apart_hf import ApartError
-from apart_hf.config.arguments import parse_arguments
-from apart_hf.runs.checkpoints import damage
+from apart_hf.cli.train import main
+from apart_hf.runs.checkpoints import Checkpoints, damage
 from apart_hf.runs.folder import RunFolder
-from apart_hf.runs.interruption import EXIT_CODE
 from apart_hf.runs.train import train
 from apart_hf.training.epoch_metrics import Evaluation
-from tests.support.helpers import PUSHED, REPO, ROOT, arrived
-from tests.support.processes import TRAIN, assert_equal_runs, command, latest, result, start, wait_for_checkpoint
+from apart_hf.utils.files import sha256
+from tests.support.helpers import PUSHED, REPO, arrived
+from tests.support.processes import assert_equal_runs, latest, result
 from tests.support.settings import settings
 
 CASES = {
@@ -29,7 +25,14 @@ CASES = {
     "apart, workers": {"method": "apart", "groups": 2, "loader": "workers", "workers": 1, "reprob": 0.5},
     "apart, stream": {"method": "apart", "groups": 2, "streaming": True, "shuffle_buffer": 20},
     "sam": {"method": "sam", "grad_accum_steps": 2, "opt": "adamw", "lr": 1e-3, "checkpoint_every": "1"},
-    "apart-sam": {"method": "apart-sam", "groups": 2, "amp_dtype": "bfloat16", "sched": "cosine", "warmup_epochs": 1},
+    "apart-sam": {
+        "method": "apart-sam",
+        "groups": 2,
+        "amp_dtype": "bfloat16",
+        "img_size": 14,
+        "sched": "cosine",
+        "warmup_epochs": 1,
+    },
     "random-bn": {"method": "random-bn", "groups": 2, "val_fraction": 0.25, "batch_size": 9, "ratio": 2 / 3},
 }
 
@@ -140,66 +143,39 @@ def test_what_cannot_be_resumed(little, tmp_path):
     with pytest.raises(ApartError, match=r"--resume nowhere: there is no checkpoint"):
         train(settings(little, tmp_path, resume="nowhere"))
     one = train(settings(little, tmp_path))
-    from apart_hf.runs.checkpoints import Checkpoints
-
     folder = sorted((one / "checkpoints").glob("step-*"))[-1]
-    import torch
-
     shared = torch.load(folder / "run.pt", weights_only=True) | {"processes": 2}
     torch.save(shared, folder / "run.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    from apart_hf.utils.files import sha256
-
     (folder / "manifest.json").write_text(json.dumps(manifest | {"run.pt": sha256(folder / "run.pt")}))
     with pytest.raises(ApartError, match=r"is of 2 process\(es\), and 1 were started"):
         train(settings(little, tmp_path, resume="auto"))
     assert Checkpoints(one / "checkpoints", None).newest()[0] == folder
 
 
-def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path):
+@contextlib.contextmanager
+def no_file_beyond(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path, monkeypatch, capsys):
     """No file may grow beyond 100 KB: weights cannot be written, training goes on where it can."""
-    code = (
-        "import resource, sys; from apart_hf.cli.train import main; import apart_hf.runs.checkpoints as c\n"
-        "write = c.Checkpoints._write\n"
-        "def limited(self, *args):\n"
-        "    small = len(self.all()) >= 1\n"
-        "    if small: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "    try: write(self, *args)\n"
-        "    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "c.Checkpoints._write = limited\n"
-        "main(sys.argv[1:])"
-    )
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "--model",
-            "test_resnet",
-            "--method",
-            "standard",
-            "--data-dir",
-            little,
-            "-b",
-            "8",
-            "--epochs",
-            "1",
-            "--checkpoint-every",
-            "3",
-            "--output",
-            str(tmp_path),
-            "--experiment",
-            "run",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd="/",
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "warning: no checkpoint at step 6" in result.stdout and "step-00000003 stays" in result.stdout
+    write = Checkpoints._write
+
+    def limited(self, *arguments):
+        with no_file_beyond(100_000) if self.all() else contextlib.nullcontext():
+            write(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_write", limited)
+    flags = "--model test_resnet --method standard -b 8 --epochs 1 --checkpoint-every 3 --experiment run"
+    main([*flags.split(), "--data-dir", little, "--output", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "warning: no checkpoint at step 6" in said and "step-00000003 stays" in said
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000003"]
     assert damage(tmp_path / "run/checkpoints/step-00000003") is None
 
@@ -209,12 +185,8 @@ def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
     write = RunFolder._export
 
     def limited(*arguments):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        try:
+        with no_file_beyond(100_000):
             write(*arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "_export", limited)
@@ -222,86 +194,3 @@ def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
             train(settings(little, tmp_path))
     assert not (tmp_path / "run/last").exists() and latest(tmp_path / "run").name == "step-00000008"
     assert_equal_runs(whole, train(settings(little, tmp_path, resume="auto")))
-
-
-# -- real processes ---------------------------------------------------------------------------------------------------
-
-
-def live(little, output, rng, *, kill, writing):
-    """One process, to its end or killed: in the midst of writing a checkpoint, or of what comes after one."""
-
-    def found(pattern):
-        return set((output / "run/checkpoints").glob(pattern))
-
-    def wait(condition):
-        while process.poll() is None and not condition():
-            time.sleep(0.001)
-
-    before, left = found("step-*"), found(".step-*")
-    process = start(command(little, output))
-    if kill:
-        wait(lambda: found("step-*") - before)
-        if writing:
-            wait(lambda: found(".step-*") - left)
-        time.sleep(rng.uniform(0.0, 0.02 if writing else 0.5))
-        process.kill()
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL or "done: " in out or "is finished" in out, error
-    return process.returncode
-
-
-def killed(number, little, whole, tmp_path):
-    """SIGKILL so many times; each run that comes to its end is compared with `whole`."""
-    rng, kills, runs, finished = random.Random(number), 0, 0, False
-    while kills < number or not finished:
-        output = tmp_path / str(runs)
-        finished = live(little, output, rng, kill=kills < number, writing=kills % 2 == 0) == 0
-        if finished:
-            assert_equal_runs(whole, output / "run")
-            runs += 1
-        else:
-            kills += 1
-
-
-@pytest.fixture(scope="module")
-def whole(little, tmp_path_factory):
-    return train(parse_arguments(command(little, tmp_path_factory.mktemp("whole"))[len(TRAIN) :]))
-
-
-def test_killed_at_a_random_moment(little, whole, tmp_path):
-    killed(1, little, whole, tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_twenty_times(little, whole, tmp_path):
-    killed(20, little, whole, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), pytest.param("SIGUSR1", marks=pytest.mark.slow)]
-)
-def test_a_signal_stops_at_a_checkpoint(name, little, whole, tmp_path):
-    process = start(command(little, tmp_path))
-    wait_for_checkpoint(process, tmp_path / "run")
-    process.send_signal(getattr(signal, name))
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == EXIT_CODE == 75
-    assert error.count("\n") == 1 and f"stopped by {name} after step" in error and "--resume auto" in error
-    step = int(error.split("after step ")[1].split(";")[0])
-    assert (tmp_path / f"run/checkpoints/step-{step:08}").exists()
-    second = start(command(little, tmp_path))
-    assert second.wait(timeout=300) == 0, second.communicate()
-    assert_equal_runs(whole, tmp_path / "run")
-
-
-def test_two_runs_into_one_folder(little, tmp_path):
-    """That a lock of the dead is none is seen wherever a killed run goes on."""
-    first = start(command(little, tmp_path, "--epochs", "500"))
-    try:
-        wait_for_checkpoint(first, tmp_path / "run")
-        second = start(command(little, tmp_path, "--epochs", "500"))
-        _, error = second.communicate(timeout=300)
-        assert second.returncode == 2 and "is in use by another run (process " in error and error.count("\n") == 1
-    finally:
-        first.kill()
-        first.communicate()

@@ -65,6 +65,7 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_two_ranks_agree_with_the_oracle(tmp_path):
     ranks = on_two_ranks(worker, tmp_path)
     model = build("test_byobnet")
@@ -131,6 +132,7 @@ def accumulating_worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_micro_batches_and_fifty_steps_on_two_ranks(tmp_path):
     ranks = on_two_ranks(accumulating_worker, tmp_path)
     for method in ("apart", "sam", "apart-sam"):
@@ -177,6 +179,7 @@ def branching_worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_parameters_that_one_rank_does_not_use(tmp_path):
     ranks = on_two_ranks(branching_worker, tmp_path)
     assert all(g.any() and torch.equal(g, ranks[1][n]) for n, g in ranks[0].items())
@@ -195,6 +198,7 @@ def synchronised_worker(rank, folder, name, layout):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "test_efficientnet"])
 def test_synchronised_batchnorm_is_one_process_on_the_joint_batch(name, layout, tmp_path):

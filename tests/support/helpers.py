@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from pathlib import Path
@@ -70,6 +71,15 @@ def randomise_batchnorm(model, seed=0):
                     layer.running_mean.copy_(torch.randn(shape, generator=g))
                     layer.running_var.copy_(0.5 + torch.rand(shape, generator=g))
     return model
+
+
+def with_batch_statistics(model):
+    """A copy that normalises by its batch, and is in eval mode otherwise."""
+    network = copy.deepcopy(model).eval()
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.training = True
+    return network
 
 
 class BatchNorm1dNet(nn.Module):

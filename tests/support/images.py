@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PIL
 
 BAD = (5, 17)  # positions in both splits
@@ -39,3 +39,17 @@ def write_bad(folder, kinds=("truncated", "text"), rows=24):
             str(folder / f"{split}.parquet")
         )
     return str(folder)
+
+
+def images(count, size=(20, 16), mode="RGB"):
+    """Noise, the same at every call."""
+    rng = np.random.default_rng(0)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return [PIL.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).convert(mode) for _ in range(count)]
+
+
+def labelled(count=6, names=("cat", "dog"), label="label", labels=None, column="image"):
+    """Rows of images and labels; without names these are whole numbers."""
+    values = labels if labels is not None else [i % len(names) for i in range(count)]
+    kind = ClassLabel(names=list(names)) if names else Value("int64")
+    return Dataset.from_dict({column: images(count), label: values}, features=Features({column: Image(), label: kind}))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import safetensors.torch
 
+from apart_hf.cli.train import main
+from tests.support.fork_server import Forked
 from tests.support.helpers import ROOT, assert_same
 
 TIMING = ("seconds", "images_per_second")
@@ -20,36 +22,12 @@ TRAIN = [sys.executable, str(ROOT / "scripts/train.py")]
 
 def command(data, output, *more):
     """A run of 72 steps on 72 images that writes a checkpoint at every third and goes on by itself."""
-    return [
-        *TRAIN,
-        "--model",
-        "test_resnet",
-        "--groups",
-        "2",
-        "--data-dir",
-        data,
-        "-b",
-        "8",
-        "--epochs",
-        "8",
-        "--lr",
-        "0.02",
-        "--threads",
-        "1",
-        "--checkpoint-every",
-        "3",
-        "--resume",
-        "auto",
-        "--output",
-        str(output),
-        "--experiment",
-        "run",
-        *more,
-    ]
+    flags = "--model test_resnet --groups 2 -b 8 --epochs 8 --lr 0.02 --threads 1 --checkpoint-every 3 --resume auto"
+    return [*TRAIN, *flags.split(), "--data-dir", data, "--output", str(output), "--experiment", "run", *more]
 
 
 def start(command, log=subprocess.PIPE, own_group=False, **env):
-    """Its stdout and stderr go to `log`: pipes, or one file."""
+    """A command by an interpreter of its own. Its stdout and stderr go to `log`: pipes, or one file."""
     return subprocess.Popen(
         [str(part) for part in command],
         cwd="/",
@@ -61,22 +39,34 @@ def start(command, log=subprocess.PIPE, own_group=False, **env):
     )
 
 
-def start_ranks(command, count=2, logs=(subprocess.PIPE, subprocess.PIPE), own_group=False, **env):
-    """The processes of one run, as a launcher starts them; but nobody ends the others where one dies."""
+def fork(command, main=main, own_group=False, **env):
+    """A training command in a process forked from the server; `main` takes the flags in the place of the command's."""
+    assert command[: len(TRAIN)] == TRAIN
+    flags = [str(part) for part in command[len(TRAIN) :]]
+    return Forked(main, (flags,), own_group, OMP_NUM_THREADS="1", **env)
+
+
+def ranks_environment(count):
+    """Of each process of one run, as a launcher sets it; but nobody ends the others where one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "true",
-    } | env
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["ACCELERATE_USE_CPU"] = "true"
     return [
-        start(command, log, own_group, **{k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()})
-        for rank, log in zip(range(count), logs)
+        {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        for rank in range(count)
     ]
+
+
+def start_ranks(command, count=2, logs=(subprocess.PIPE, subprocess.PIPE), own_group=False, **env):
+    """The processes of one run, by interpreters of their own."""
+    return [start(command, log, own_group, **env, **own) for own, log in zip(ranks_environment(count), logs)]
+
+
+def fork_ranks(command, count=2, main=main):
+    """The processes of one run, forked from the server."""
+    return [fork(command, main, **own) for own in ranks_environment(count)]
 
 
 def latest(folder):
@@ -88,7 +78,9 @@ def wait_for_checkpoint(process, folder, after=None, seconds=250):
     """Until there is one, or another one than `after`."""
     deadline = time.monotonic() + seconds
     while latest(folder) == after:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate())
         time.sleep(0.01)
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.fork_server import fork_server
+
 RANKS = 2
 
 
@@ -16,6 +18,6 @@ def start_rank(rank, folder):
 
 def on_two_ranks(worker, folder, *arguments):
     """What worker(rank, folder, *arguments) left in folder/RANK.pt."""
-    mp.set_forkserver_preload(["tests.support.helpers"])  # libraries are imported once, not by every process
+    fork_server()
     mp.start_processes(worker, args=(folder, *arguments), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]

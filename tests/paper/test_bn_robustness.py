@@ -1,31 +1,21 @@
-"""Figures 1 and 2: the logits behind them against a plain loop over groups, or a plain formula, in float64."""
+"""The logits behind Figures 1 and 2 against a plain loop over groups, or a plain formula, in float64."""
 
 import copy
-import csv
-import itertools
-import re
 
 import numpy as np
 import pytest
 import timm
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf import ApartError, load_pretrained
+from apart_hf import ApartError
 from apart_hf.batchnorm.patching import supported_layers
-from apart_hf.cli import analyse
 from apart_hf.data import IGNORED
-from apart_hf.data.dataset_map import TransformedImages
 from apart_hf.paper.bn_robustness import attack, robustness, scaled_statistics
-from apart_hf.paper.figures import _draw
-from apart_hf.utils.plotting import plain, styles
 from tests.reference import _NaiveBatchNorms, reference_step
-from tests.support.helpers import batch, build, load, snapshot
+from tests.support.helpers import batch, build, snapshot, with_batch_statistics
 
-DEMO = "demo-test_resnet-apart"
 EPSILONS, GROUPS = (0.0, 0.1, 0.3), (1, 2, 3)
 
 
@@ -43,15 +33,6 @@ def seen_logits(model):
     seen = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     return seen
-
-
-def with_batch_statistics(model):
-    """A copy that normalises by its batch, and is in eval mode otherwise."""
-    network = copy.deepcopy(model).eval()
-    for layer in network.modules():
-        if isinstance(layer, _BatchNorm):
-            layer.training = True
-    return network
 
 
 def oracle_logits(network, images, deltas, groups):
@@ -229,128 +210,3 @@ def test_models_without_statistics(batches):
         robustness(untracked, batches, epsilons=[0.1])
     with pytest.raises(ApartError, match="no image that can be decoded"):
         robustness(build("test_byobnet"), [(batches[0][0], torch.full((12,), IGNORED))], epsilons=[0.1])
-
-
-def table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_curves_differ_without_their_colours():
-    rows = [
-        {"model": f"m{i}", "epsilon": epsilon, "top1": 50.0 + i - 10 * epsilon + draw}
-        for i in range(15)
-        for epsilon in (0.0, 0.1)
-        for draw in ((-1, 1) if i == 3 else (0,))
-    ]
-    axes = Figure().subplots()
-    _draw(axes, rows, lambda row: plain(row["model"]))
-    lines = axes.get_lines()
-    assert [line.get_label() for line in lines] == [f"m{i}" for i in range(15)]
-    assert all(np.allclose(line.get_ydata(), [50 + i, 49 + i]) for i, line in enumerate(lines))
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == 15
-    (band,) = axes.collections  # of the one with two draws
-    assert band.get_paths()[0].vertices[:, 1].min() == 51 and band.get_paths()[0].vertices[:, 1].max() == 54
-    assert len(set(itertools.islice(styles(), 56))) == 56
-    axes.plot([0], [0], label=plain("_hidden?"))
-    assert axes.get_legend_handles_labels()[1][-1] == " _hidden?"
-
-
-def test_nothing_is_left_where_a_checkpoint_is_not_there(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        analyse.main(["attack", "--checkpoint", "nope", "--output", str(tmp_path / "new")])
-    assert "nope" in capsys.readouterr().err and not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "figure, arguments, split",
-    [
-        ("attack", ["--checkpoint", DEMO, "--groups", "1,4", "--draws", "1"], "train"),
-        ("robustness", ["--checkpoint", DEMO, "--checkpoint", DEMO, "--label", "a", "--label", "b"], "val"),
-    ],
-)
-def test_the_commands(figure, arguments, split, tmp_path, monkeypatch, capsys):
-    returned, measure = [], getattr(analyse, figure)
-    monkeypatch.setattr(analyse, figure, lambda *a, **k: returned.append(measure(*a, **k)) or returned[-1])
-    command = [
-        figure,
-        *arguments,
-        "--images",
-        "70",
-        "-b",
-        "32",
-        "--epsilons",
-        "0.3,0",
-        "--seed",
-        "5",
-        "--output",
-        str(tmp_path / "new" / "out"),
-    ]
-    analyse.main(command)
-    out = tmp_path / "new" / "out"
-    rows = table(out / f"{figure}.csv")
-    labels = [DEMO] if figure == "attack" else ["a", "b"]
-    assert rows == [
-        {"model": label, **{key: str(value) for key, value in row.items()}}
-        for label, part in zip(labels, returned)
-        for row in part
-    ]
-    images = 64 if figure == "attack" else 70
-    assert {row["images"] for row in rows} == {str(images)} and {row["epsilon"] for row in rows} == {"0.0", "0.3"}
-    assert f"{images} images, {len(rows)} accuracies; written: {out}" in capsys.readouterr().out
-    with Image.open(out / f"{figure}.png") as picture:
-        picture.load()
-        assert picture.format == "PNG" and picture.width > 700 and len(picture.convert("RGB").getcolors(10**6)) > 50
-
-    # the first row of radius 0 again: these images, by the recorded transform, plainly
-    model, transform = load_pretrained(DEMO)
-    data = getattr(load(), split)
-    chosen = np.random.default_rng(5).permutation(len(data))[:images].tolist()
-    found = TransformedImages(data, transform).__getitems__(chosen)
-    inputs, targets = torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
-    network = with_batch_statistics(model) if figure == "attack" else model
-    with torch.no_grad():
-        logits = torch.cat([network(part) for part in inputs.split(32)])
-    assert float(rows[0]["top1"]) == pytest.approx(100 * (logits.argmax(-1) == targets).double().mean().item())
-
-    with pytest.raises(SystemExit) as stop:
-        analyse.main(command)
-    assert stop.value.code == 2 and re.search(r"out/\w+\.csv exists already", capsys.readouterr().err)
-    assert table(out / f"{figure}.csv") == rows
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "required: FIGURE"),
-        (["attack"], "required: --checkpoint"),
-        (["attack", "--checkpoint", "demo-test_resnet-apar"], "unknown pretrained model .* did you mean"),
-        (["attack", "--checkpoint", DEMO, "-b", "64", "--groups", "1,5"], "groups=5 does not divide the 64"),
-        (["attack", "--checkpoint", DEMO, "--groups", "0,2"], "--groups: 0,2: must be finite and from 1"),
-        (["attack", "--checkpoint", DEMO, "--groups", "1;2"], "--groups: invalid numbers value: '1;2'"),
-        (["attack", "--checkpoint", DEMO, "--epsilons", "0,-0.1"], "--epsilons: 0,-0.1: must be finite and from 0"),
-        (["attack", "--checkpoint", DEMO, "--epsilons", "0,inf"], "must be finite"),
-        (["attack", "--checkpoint", DEMO, "--epsilons", ""], "--epsilons: invalid numbers value"),
-        (["attack", "--checkpoint", DEMO, "--images", "100", "--groups", "1"], "no batch of 128 images"),
-        (["attack", "--checkpoint", DEMO, "--images", "0"], "--images: 0: must be from 1"),
-        (["attack", "--checkpoint", DEMO, "--train-split", "dev"], "no split 'dev': the splits are train, test"),
-        (["attack", "--checkpoint", DEMO, "--data-dir", "/nowhere"], "/nowhere does not exist"),
-        (["attack", "--checkpoint", DEMO, "--output", __file__], "cannot write .*: File exists"),
-        (
-            ["robustness", "--checkpoint", DEMO, "--epsilons", "0,1.5", "--images", "8"],
-            r"epsilon=1\.5: .* radii below 1",
-        ),
-        (
-            ["robustness", "--checkpoint", DEMO, "--checkpoint", DEMO],
-            f"2 checkpoints are labelled {DEMO}, {DEMO}; give",
-        ),
-        (["robustness", "--checkpoint", DEMO, "--label", "a", "--label", "b"], "1 checkpoints are labelled a, b"),
-    ],
-)
-def test_bad_input_ends_in_one_line_and_code_2(arguments, message, tmp_path, capsys):
-    out = [] if "--output" in arguments or not arguments else ["--output", str(tmp_path)]
-    with pytest.raises(SystemExit) as stop:
-        analyse.main([*arguments, *out])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error), error
-    assert not list(tmp_path.iterdir())

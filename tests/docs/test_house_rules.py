@@ -1,0 +1,44 @@
+"""The tests keep rules of their own: rooms like the package's, nothing shared but by support, no hidden processes."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.fork_server import Forked
+from tests.support.helpers import ROOT
+
+TESTS = ROOT / "tests"
+
+
+def imported(file):
+    """Every module that a file imports, and every name from one."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def test_no_test_imports_another():
+    files = sorted(TESTS.rglob("*.py"))
+    assert len(files) > 50
+    for file in files:
+        for name in imported(file):
+            assert not name.startswith("."), (file, name)  # what it is shows in its full name alone
+            shared = not any(part.startswith(("test_", "conftest")) for part in name.split("."))
+            assert not name.startswith("tests.") or shared, (file, name)
+
+
+def test_rooms_are_those_of_the_package():
+    rooms = {folder.name for folder in TESTS.iterdir() if (folder / "__init__.py").exists()} - {"support", "docs"}
+    assert rooms <= {folder.name for folder in (ROOT / "apart_hf").iterdir() if folder.is_dir()}
+
+
+def test_a_test_without_the_marker_starts_no_python():
+    with pytest.raises(pytest.fail.Exception, match="mark it with pytest"):
+        subprocess.run([sys.executable, "-c", ""], check=True)
+    with pytest.raises(pytest.fail.Exception, match="mark it with pytest"):
+        Forked(print)
+    subprocess.run(["true"], check=True)  # other programs are free
