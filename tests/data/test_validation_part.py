@@ -77,7 +77,7 @@ def run(tmp_path, **more):
     )
 
 
-def test_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, capsys):
+def test_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch, spoken, capsys):
     reads, cells = [], Split.cells
     monkeypatch.setattr(Split, "cells", lambda self, rows: reads.append((self.name, len(self))) or cells(self, rows))
     folder = run(tmp_path, loader="workers")

@@ -5,8 +5,10 @@ import shutil
 import pytest
 
 from apart_hf import ApartError
+from apart_hf.runs.checkpoint_state import CheckpointState
 from apart_hf.runs.resume import place
 from apart_hf.runs.train import train
+from apart_hf.training.state import TrainerState
 from apart_hf.training.trainer import Trainer
 from tests.support.processes import assert_equal_runs, latest, result
 from tests.support.settings import settings
@@ -56,6 +58,6 @@ def test_smaller_batches_go_on_from_the_same_image(little, tmp_path, monkeypatch
     with pytest.raises(ApartError, match="is of 8 images a step on each process, now there are 4, and the schedule"):
         train(settings(little, tmp_path, batch_size=4, **again))
     with pytest.raises(ApartError, match="is 3 batches of 8 images in an epoch, where no batch of 16 ends"):
-        place({"batch": 3, "images": (8, 16)}, (16, 16))
+        place(CheckpointState(TrainerState(6, 0, 3, None, None, {}), [], None, (8, 16), {}, "", 1), (16, 16))
     train(settings(little, tmp_path, batch_size=4, grad_accum_steps=2, **again))
     assert seen == [4] * (2 * (9 - 4) + 2 * 9) and latest(one).name == "step-00000018"
