@@ -23,7 +23,7 @@ def one_line(error: ApartError) -> str:
     return last.removeprefix(f"{ApartError.__module__}.{type(error).__name__}: ")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of its message, or its name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 

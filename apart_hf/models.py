@@ -115,7 +115,7 @@ class PreActResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        if self.bn1 is not None:
+        if self.bn1 is not None and self.act1 is not None:
             x = self.act1(self.bn1(x))
         for info in self.feature_info:
             stage = getattr(self, info["module"])

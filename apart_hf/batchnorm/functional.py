@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from apart_hf.batchnorm import kernels
-from apart_hf.batchnorm.kernels import ONE_GROUP, Grouping
+from apart_hf.batchnorm.layouts import ONE_GROUP, Grouping
 
 
 def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
@@ -22,7 +24,20 @@ class _PerturbedBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, grouping, sync, shifted):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        delta_mu: Tensor,
+        delta_sigma: Tensor,
+        buffers: kernels.MeanAndVariance | None,
+        momentum: float,
+        eps: float,
+        grouping: Grouping,
+        sync: ProcessGroup | None,
+        shifted: bool,
+    ) -> Tensor:
         weight = _scale(gamma, delta_sigma) if shifted else gamma
         out, mu, inv_sigma, count = kernels.forward(
             x, weight, beta, weight * delta_mu if shifted else None, buffers, momentum, eps, grouping, sync
@@ -33,7 +48,7 @@ class _PerturbedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, delta_mu, delta_sigma, mu, inv_sigma, count = ctx.saved_tensors
         weight = _scale(gamma, delta_sigma) if ctx.shifted else gamma
         grad_x, grad_w, grad_b = kernels.backward(

@@ -1,4 +1,4 @@
-"""Batch normalisation of groups of samples at once: memory layouts and kernels, nothing of APART.
+"""Batch normalisation of groups of samples at once: forward and backward, nothing of APART.
 
 Statistics and affine vectors are per group and channel, flattened group by group to (groups * C,). The framework's
 own batch-norm kernels do the work where they can. `_composed` is the same formula in plain tensor operations, for what
@@ -7,65 +7,13 @@ they cannot: blocks without a copy, and statistics over several processes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apart_hf.batchnorm.layouts import Grouping, Layout, channels_innermost, fold_groups, unfold_groups
+
 MeanAndVariance = tuple[Tensor, Tensor]
-
-
-class Grouping(NamedTuple):
-    """How the rows of x, (N * rows, C, ...), are spread over groups of samples.
-
-    Args:
-        groups: their number, n; divides N.
-        rows: consecutive rows that one sample has in this layer: 1, or more for tokens and windows.
-        blocks: group k holds the k-th run of N/n samples; a view where channels lie innermost (channels_last).
-            False: sample i is in group i mod n; a view of a contiguous (N, C, ...) tensor with n * C channels.
-    """
-
-    groups: int = 1
-    rows: int = 1
-    blocks: bool = False
-
-
-ONE_GROUP = Grouping()
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def fold_groups(x: Tensor, grouping: Grouping) -> Tensor:
-    """Give each group of samples channels of its own: (N*rows, C, ...) -> (N*rows/groups, groups*C, ...)."""
-    groups, rows, blocks = grouping
-    if groups == 1:
-        return x
-    length, channels, *space = x.shape
-    if blocks:
-        x = x.reshape(groups, -1, channels, *space).transpose(0, 1)
-    elif rows > 1:
-        x = x.reshape(-1, groups, rows, channels, *space).transpose(1, 2)
-    return x.reshape(length // groups, groups * channels, *space)
-
-
-def unfold_groups(x: Tensor, like: Tensor, grouping: Grouping) -> Tensor:
-    """The inverse of `fold_groups`, in the memory format of `like`."""
-    groups, rows, blocks = grouping
-    if groups == 1:
-        return x
-    channels, *space = like.shape[1:]
-    if blocks:
-        x = x.reshape(-1, groups, channels, *space).transpose(0, 1)
-    elif rows > 1:
-        x = x.reshape(-1, rows, groups, channels, *space).transpose(1, 2)
-    # not a view: an in-place activation may follow, which autograd forbids on views made inside a Function
-    out = torch.ops.aten._unsafe_view(x.reshape(like.shape), like.shape)
-    if is_channels_last(like):
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out
 
 
 def forward(
@@ -153,52 +101,26 @@ def _has_fast_statistics(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _channels_innermost(x: Tensor) -> bool:
-    return is_channels_last(x) or (x.dim() == 2 and x.is_contiguous())
-
-
 def _single_dtype(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64)  # float16 and bfloat16 come with float32 weights
 
 
 def _composes_forward(x: Tensor, grouping: Grouping) -> bool:
     """Blocks in place, which the framework's kernels would have to copy."""
-    return grouping.blocks and grouping.groups > 1 and _channels_innermost(x) and _single_dtype(x)
+    return grouping.blocks and grouping.groups > 1 and channels_innermost(x) and _single_dtype(x)
 
 
 def _composes_backward(x: Tensor, grouping: Grouping) -> bool:
-    """Also one group where channels lie innermost: the framework's CPU kernel adds up a channel naively there, which
-    would lift the noise around structural zeros of g_delta (see `perturbations.batchnorm.DEAD_ZONE`) by a factor of 2
-    to 4."""
+    """Whether to compute without the framework's kernels: also for one group where channels lie innermost.
+
+    The framework's CPU kernel adds up a channel naively there, which would lift the noise around structural zeros of
+    g_delta (see `strategies.bn_perturbations.DEAD_ZONE`) by a factor of 2 to 4.
+    """
     plain = grouping.groups == 1 and x.device.type == "cpu"
-    return (plain or grouping.blocks) and _channels_innermost(x) and _single_dtype(x)
+    return (plain or grouping.blocks) and channels_innermost(x) and _single_dtype(x)
 
 
-class _Layout:
-    """x as a tensor `view` of it in which each group's statistics are sums over `dims`, and the way back."""
-
-    def __init__(self, x: Tensor, grouping: Grouping):
-        self.grouping, groups = grouping, grouping.groups
-        self.innermost = _channels_innermost(x) and (grouping.blocks or groups == 1)
-        if self.innermost:  # (groups, values, C)
-            self.dims, self.vector = [1], (groups, 1, x.shape[1])
-        else:  # (values, groups * C, ...)
-            self.dims = [d for d in range(x.dim()) if d != 1]
-            self.vector = (1, groups * x.shape[1], *[1] * (x.dim() - 2))
-
-    def view(self, x: Tensor) -> Tensor:
-        if self.innermost:
-            return x.movedim(1, -1).reshape(self.vector[0], -1, self.vector[2])
-        return fold_groups(x, self.grouping)
-
-    def back(self, y: Tensor, like: Tensor) -> Tensor:
-        if not self.innermost:
-            return unfold_groups(y, like, self.grouping)
-        length, channels, *space = like.shape
-        return torch.ops.aten._unsafe_view(y.view(length, *space, channels).movedim(-1, 1), like.shape)
-
-
-def _statistics(v: Tensor, layout: _Layout, weight: Tensor) -> MeanAndVariance:
+def _statistics(v: Tensor, layout: Layout, weight: Tensor) -> MeanAndVariance:
     """Mean and biased variance of each group, (groups * C,) each."""
     if not _has_fast_statistics(v, weight):
         var, mu = torch.var_mean(v, layout.dims, correction=0)
@@ -210,15 +132,25 @@ def _statistics(v: Tensor, layout: _Layout, weight: Tensor) -> MeanAndVariance:
     return mu.flatten(), var.flatten()
 
 
-def _composed_forward(x, weight, bias, shift, buffers, momentum, eps, grouping, sync):
-    layout = _Layout(x, grouping)
+def _composed_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    buffers: MeanAndVariance | None,
+    momentum: float,
+    eps: float,
+    grouping: Grouping,
+    sync: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    layout = Layout(x, grouping)
     v = layout.view(x).to(weight.dtype)
     mu, var = _statistics(v, layout, weight)
-    count = None
+    count: Tensor | None = None
     if sync is not None:
         mu, var, count = _over_processes(mu, var, v.numel() // mu.numel(), sync)
     if buffers is not None:
-        unbiased = var * (count / (count - 1) if sync is not None else 1 / (1 - mu.numel() / v.numel()))
+        unbiased = var * (count / (count - 1) if count is not None else 1 / (1 - mu.numel() / v.numel()))
         for buffer, value in zip(buffers, (mu, unbiased)):
             buffer.lerp_(value.to(buffer.dtype), momentum)
     inv_sigma = (var + eps).rsqrt()
@@ -230,24 +162,33 @@ def _composed_forward(x, weight, bias, shift, buffers, momentum, eps, grouping, 
     return layout.back(out, x), mu, inv_sigma, count
 
 
-def _composed_backward(grad_out, x, weight, mu, inv_sigma, count, grouping, sync, needs_grad_x):
-    layout = _Layout(x, grouping)
+def _composed_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mu: Tensor,
+    inv_sigma: Tensor,
+    count: Tensor | None,
+    grouping: Grouping,
+    sync: dist.ProcessGroup | None,
+    needs_grad_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    layout = Layout(x, grouping)
     v, g = layout.view(x).to(weight.dtype), layout.view(grad_out).to(weight.dtype)
     grad_b = g.sum(layout.dims).flatten()
     grad_w = (v - mu.view(layout.vector)).mul_(g).sum(layout.dims).flatten() * inv_sigma
     if not needs_grad_x:
         return None, grad_w, grad_b
     total_w, total_b = grad_w, grad_b
+    values = v.numel() // mu.numel() if count is None else count
     if sync is not None:
         totals = torch.stack([grad_w, grad_b])
         dist.all_reduce(totals, group=sync)
         total_w, total_b = totals
-    else:
-        count = v.numel() // mu.numel()
     # scale * (g - total_b / count - (v - mu) / sigma * total_w / count), sorted by what it multiplies
     scale = weight.repeat(grouping.groups) * inv_sigma
-    of_v = -scale * inv_sigma * total_w / count
-    rest = -scale * total_b / count - of_v * mu
+    of_v = -scale * inv_sigma * total_w / values
+    rest = -scale * total_b / values - of_v * mu
     grad_x = torch.addcmul(rest.view(layout.vector), v, of_v.view(layout.vector))
     grad_x = grad_x.addcmul_(g, scale.view(layout.vector)).to(x.dtype)
     return layout.back(grad_x, x), grad_w, grad_b

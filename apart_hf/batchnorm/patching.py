@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.functional import perturbed_batch_norm
-from apart_hf.batchnorm.kernels import Grouping
+from apart_hf.batchnorm.layouts import Grouping
 from apart_hf.errors import ApartError
 
 
@@ -27,7 +28,7 @@ def _drop_and_act(layer: BatchNormAct2d, x: Tensor) -> Tensor:
 
 
 # What follows normalisation, by the forward that we stand in for. A subclass with a forward of its own is not here.
-_EPILOGUES: dict[Callable, Callable[[nn.Module, Tensor], Tensor]] = {
+_EPILOGUES: dict[Callable[..., Tensor], Callable[[Any, Tensor], Tensor]] = {
     _BatchNorm.forward: _no_epilogue,
     nn.SyncBatchNorm.forward: _no_epilogue,
     BatchNormAct2d.forward: _drop_and_act,
@@ -72,7 +73,7 @@ def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None
         layer.num_batches_tracked.add_(1)
         if layer.momentum is None:  # cumulative average
             momentum = 1.0 / float(layer.num_batches_tracked)
-    if not layer.track_running_stats or layer.running_mean is None:
+    if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
         return None, momentum
     return (layer.running_mean, layer.running_var), momentum
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,7 +32,7 @@ def _column(data: Dataset, named: str | None, flag: str, kind: str, found: list[
     raise ApartError(f"{wanted}: the columns are {columns}; {f'name one with {flag}' if fit else make}.")
 
 
-def _type_name(feature) -> str:
+def _type_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
@@ -62,30 +63,43 @@ def find_target_key(data: Dataset, spec: DatasetSpec) -> str:
     )
 
 
-def find_class_names(data: Dataset, spec: DatasetSpec, settings: DataSettings) -> list[str]:
-    """By class index: of --class-map, of the data, or else the numbers up to the largest label."""
-    feature, expected = data.features[spec.target_key], None if spec.local else spec.num_classes
+def find_class_names(split: Split, spec: DatasetSpec, settings: DataSettings) -> list[str]:
+    """Name the classes by their index: from --class-map, from the data, or else by numbers up to the largest label.
+
+    Args:
+        split: the training split.
+        spec: where the data are from, and how many classes they should have.
+        settings: what the user asks for.
+
+    Returns:
+        One name for each class index.
+
+    Raises:
+        ApartError: where these disagree, or nothing tells how many classes there are.
+    """
+    feature, expected = split.data.features[split.target_key], None if spec.local else spec.num_classes
     found = list(feature.names) if isinstance(feature, ClassLabel) else None
-    if settings.class_map is not None or settings.class_names is not None:
-        where = "the model" if settings.class_map is None else f"--class-map {settings.class_map}"
-        names = list(settings.class_names) if settings.class_map is None else _read_class_map(settings.class_map)
+    names, where = settings.class_names, "the model"
+    if settings.class_map is not None:
+        names, where = _read_class_map(settings.class_map), f"--class-map {settings.class_map}"
+    if names is not None:
         if found is not None and (strange := sorted(set(found) ^ set(names))):
             raise ApartError(
                 f"{where}: {len(strange)} class names are not in both it and the data, the first is {strange[0]!r}; it "
                 "needs every class of the data once."
             )
-        return names
+        return list(names)
     if found is None and settings.streaming:
         count = settings.num_classes or spec.num_classes
         if count is None:
             raise ApartError(f"{spec.path} names no classes, and a stream is not counted: give --num-classes.")
         found = [str(i) for i in range(count)]
     elif found is None:
-        labels = Split.of(data, spec.train_split, spec.input_key, spec.target_key).labels()
+        labels = split.labels()
         largest = int(np.max(labels, initial=-1))
         if settings.num_classes is None and largest >= max(len(labels), 1):
             raise ApartError(
-                f"split {spec.train_split!r}: label {largest} at index {labels.argmax()} would make {largest + 1} "
+                f"split {split.name!r}: label {largest} at index {labels.argmax()} would make {largest + 1} "
                 f"classes of {len(labels)} images; correct it, or name the number of classes by --num-classes."
             )
         found = [str(i) for i in range(settings.num_classes or max(largest + 1, expected or 0))]
@@ -94,9 +108,9 @@ def find_class_names(data: Dataset, spec: DatasetSpec, settings: DataSettings) -
     return found
 
 
-def _read_class_map(path: str) -> list[str]:
+def _read_class_map(path: str) -> tuple[str, ...]:
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        names = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ApartError(f"--class-map {path}: cannot be read ({reason}).") from error

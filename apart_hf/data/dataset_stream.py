@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image as PIL
 from torch import Tensor
@@ -84,7 +85,7 @@ class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
             share = len(range(number, self.batches, workers))
             yield from itertools.islice(samples, share * self.batch_size)
 
-    def _pass(self, again: int):
+    def _pass(self, again: int) -> IterableDataset:
         """This process's share, for the first time in this epoch or once more, in another order.
 
         Not by the stream's own `set_epoch`: that is shared by all loader processes, which need not be in the same pass.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
+from PIL.Image import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from apart_hf.data.dataset_map import TransformedImages
@@ -42,7 +45,7 @@ class Loaders:
             raise ApartError(f"--loader memory: {reason}; use --loader workers.")
         if self.kind == "auto":
             self.kind = "workers" if reason else "memory"
-        self._check_size(data.train.size, "")
+        self._check_size(len(data.train), "")
 
     def train(self) -> DataLoaderShard:
         """Shuffled, augmented batches of (images, class indices)."""
@@ -101,7 +104,7 @@ class Loaders:
             return f"{images} images are too many to keep unasked"
         return None
 
-    def _dataset(self, split: Split, training: bool) -> Dataset:
+    def _dataset(self, split: Split, training: bool) -> TransformedImages | InMemoryImages:
         if self.kind == "memory":
             try:
                 return self._from_memory(split, training)
@@ -138,10 +141,11 @@ class Loaders:
             seed=self.settings.seed,
             device=self.accelerator.device,
             skipped=skipped,
-            **({"padding": self._padding, "flip": True} if training else {}),
+            padding=self._padding if training else 0,
+            flip=training,
         )
 
-    def _transform(self, training: bool):
+    def _transform(self, training: bool) -> Callable[[Image], Tensor]:
         if not training:
             return eval_transform(self.settings.images)
         return train_transform(

@@ -54,7 +54,7 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
     Raises: ApartError naming what exists where something does not, and the first bad label.
     """
     settings = settings or DataSettings()
-    spec = replace(find_dataset(settings.dataset, settings.data_dir), **settings.named)
+    spec = _as_named(find_dataset(settings.dataset, settings.data_dir), settings.named)
     if settings.dataset_config is not None:
         if spec.local:
             raise ApartError(f"--dataset-config {settings.dataset_config}: {spec.path} is a folder; leave it out.")
@@ -62,42 +62,56 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
     splits = open_splits(spec, settings.streaming)
     if spec.local:
         spec = _only_what_is_there(spec, splits, settings.named)
-    spec = replace(spec, train_split=_pick_split(splits, spec.train_split, TRAIN_NAMES, "--train-split"))
-    if settings.val_fraction is None or spec.val_split is not None or set(VAL_NAMES) & set(splits):
-        spec = replace(spec, val_split=_pick_split(splits, spec.val_split, VAL_NAMES, "--val-split"))
-    data = splits[spec.train_split]
-    spec = replace(spec, input_key=find_input_key(data, spec), target_key=find_target_key(data, spec))
-    names = find_class_names(data, spec, settings)
+    train_name, val_name = _pick_split(splits, spec.train_split, TRAIN_NAMES, "--train-split"), spec.val_split
+    if settings.val_fraction is None or val_name is not None or set(VAL_NAMES) & set(splits):
+        val_name = _pick_split(splits, val_name, VAL_NAMES, "--val-split")
+    data = splits[train_name]
+    columns = find_input_key(data, spec), find_target_key(data, spec)
+    spec = replace(spec, train_split=train_name, val_split=val_name, input_key=columns[0], target_key=columns[1])
+    names = find_class_names(Split.of(data, train_name, *columns), spec, settings)
     if settings.num_classes is not None and settings.num_classes != len(names):
         raise ApartError(
             f"--num-classes {settings.num_classes}, but {spec.path} has {len(names)} classes; leave the flag out."
         )
-    parts = {
-        name: _checked(splits[name], name, spec, names, settings)
-        for name in dict.fromkeys((spec.train_split, spec.val_split))
-        if name is not None
-    }
-    train, held_out = parts[spec.train_split], parts.get(spec.val_split)
-    val, test = held_out, None
+    train = val = _checked(splits[train_name], train_name, columns, spec, names, settings)
+    test = None
+    if val_name not in (None, train_name):
+        val = _checked(splits[val_name], val_name, columns, spec, names, settings)
     if settings.val_fraction is not None:
-        if spec.val_split == spec.train_split:
-            raise ApartError(f"--val-fraction: {spec.train_split!r} is both --train-split and --val-split; drop one.")
+        if val_name == train_name:
+            raise ApartError(f"--val-fraction: {train_name!r} is both --train-split and --val-split; drop one.")
+        test = None if val_name is None else val
         rest, part = stratified(train.labels(), settings.val_fraction, settings.seed)
-        train, val, test = train.part(rest), train.part(part), held_out
+        train, val = train.part(rest), train.part(part)
     return ImageData(train, val, spec, names, train.image_size(settings.skip_bad), test)
 
 
-def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str, str]) -> DatasetSpec:
-    """Without the registered names that a folder does not use, so that its own are found; `given` names stay."""
-    columns = {key for data in splits.values() for key in data.features}
-    there = {"train_split": splits, "val_split": splits, "input_key": columns, "target_key": columns}
+def _as_named(spec: DatasetSpec, given: dict[str, str]) -> DatasetSpec:
+    """The spec with the splits and columns that the user names."""
     return replace(
-        spec, **{key: None for key, names in there.items() if key not in given and getattr(spec, key) not in names}
+        spec,
+        train_split=given.get("train_split", spec.train_split),
+        val_split=given.get("val_split", spec.val_split),
+        input_key=given.get("input_key", spec.input_key),
+        target_key=given.get("target_key", spec.target_key),
     )
 
 
+def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str, str]) -> DatasetSpec:
+    """The spec without the registered names that a folder does not use, so that its own are found."""
+    columns = {key for data in splits.values() for key in data.features}
+    there = replace(
+        spec,
+        train_split=spec.train_split if spec.train_split in splits else None,
+        val_split=spec.val_split if spec.val_split in splits else None,
+        input_key=spec.input_key if spec.input_key in columns else None,
+        target_key=spec.target_key if spec.target_key in columns else None,
+    )
+    return _as_named(there, given)
+
+
 def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], flag: str) -> str:
-    candidates = [named] if named is not None else usual
+    candidates = (named,) if named is not None else usual
     for name in candidates:
         if name in splits:
             return name
@@ -106,12 +120,15 @@ def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], 
     raise ApartError(f"{wanted}: the splits are {', '.join(splits)}; name one with {flag}{part}.")
 
 
-def _checked(data: Dataset, name: str, spec: DatasetSpec, names: list[str], settings: DataSettings) -> Split:
-    """The split with its labels in the order of `names`."""
-    for key, flag in ((spec.input_key, "--input-key"), (spec.target_key, "--target-key")):
+def _checked(
+    data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec, names: list[str], settings: DataSettings
+) -> Split:
+    """The split called `name` with its labels in the order of `names`, each of them checked."""
+    for key, flag in zip(columns, ("--input-key", "--target-key")):
         if key not in data.features:
             raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
-    feature, relabel = data.features[spec.target_key], None
+    split = Split.of(data, name, *columns)
+    feature, relabel = data.features[split.target_key], None
     own = list(feature.names) if isinstance(feature, ClassLabel) else names
     if own != names:
         if (settings.class_map or settings.class_names) is None or set(own) != set(names):
@@ -120,7 +137,6 @@ def _checked(data: Dataset, name: str, spec: DatasetSpec, names: list[str], sett
                 "another order; both splits need the same classes in the same order."
             )
         relabel = np.array([names.index(one) for one in own])
-    split = Split.of(data, name, spec.input_key, spec.target_key)
     if settings.streaming:
         return replace(split, size=_stream_size(split, spec, settings), relabel=relabel)
     if not len(split):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,38 +53,39 @@ class DatasetSpec:
         return self.source if self.local else self.path
 
 
-_CIFAR = {
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2471, 0.2435, 0.2616),
-    "train_split": "train",
-    "val_split": "test",
-    "input_key": "img",
-    "image_size": 32,
-    "train_size": 50_000,
-    "val_size": 10_000,
-}
-_FASHION = {
-    "mean": (0.286,) * 3,
-    "std": (0.353,) * 3,
-    "train_split": "train",
-    "val_split": "test",
-    "input_key": "image",
-    "target_key": "label",
-    "num_classes": 10,
-    "image_size": 28,
-}
+_CIFAR = partial(
+    DatasetSpec,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2471, 0.2435, 0.2616),
+    train_split="train",
+    val_split="test",
+    input_key="img",
+    image_size=32,
+    train_size=50_000,
+    val_size=10_000,
+)
+_FASHION = partial(
+    DatasetSpec,
+    mean=(0.286, 0.286, 0.286),
+    std=(0.353, 0.353, 0.353),
+    train_split="train",
+    val_split="test",
+    input_key="image",
+    target_key="label",
+    num_classes=10,
+    image_size=28,
+)
 # normalised as the model is: timm's usual mean and std of ImageNet
-_NATURAL = {"train_split": "train", "val_split": "validation", "input_key": "image", "target_key": "label"}
-_IMAGENET = {"num_classes": 1000, "image_size": 224, "train_size": 1_281_167, "val_size": 50_000}
+_NATURAL = partial(DatasetSpec, train_split="train", val_split="validation", input_key="image", target_key="label")
+_IMAGENET = partial(_NATURAL, num_classes=1000, image_size=224, train_size=1_281_167, val_size=50_000)
 DATASETS: dict[str, DatasetSpec] = {
     # Few small images and under three minutes: many steps, strong decay, and half of the usual epsilon, since so short
     # a training underfits. Chosen on the demo's own test images, so its accuracy is no evidence for any method.
-    "demo": DatasetSpec(
+    "demo": _FASHION(
         str(DEMO_DIR),
         local=True,
         source="zalando-datasets/fashion_mnist",
         padding=0,
-        **_FASHION,
         train_size=6_000,
         val_size=1_000,
         defaults={
@@ -96,23 +98,16 @@ DATASETS: dict[str, DatasetSpec] = {
             "weight_decay": 5e-3,
         },
     ),
-    "fashion-mnist": DatasetSpec("zalando-datasets/fashion_mnist", train_size=60_000, val_size=10_000, **_FASHION),
-    "cifar10": DatasetSpec("uoft-cs/cifar10", target_key="label", num_classes=10, **_CIFAR),
-    "cifar100": DatasetSpec("uoft-cs/cifar100", target_key="fine_label", num_classes=100, **_CIFAR),
-    "tiny-imagenet": DatasetSpec(
-        "zh-plus/tiny-imagenet",
-        num_classes=200,
-        image_size=64,
-        train_size=100_000,
-        val_size=10_000,
-        **_NATURAL | {"val_split": "valid"},
+    "fashion-mnist": _FASHION("zalando-datasets/fashion_mnist", train_size=60_000, val_size=10_000),
+    "cifar10": _CIFAR("uoft-cs/cifar10", target_key="label", num_classes=10),
+    "cifar100": _CIFAR("uoft-cs/cifar100", target_key="fine_label", num_classes=100),
+    "tiny-imagenet": _NATURAL(
+        "zh-plus/tiny-imagenet", val_split="valid", num_classes=200, image_size=64, train_size=100_000, val_size=10_000
     ),
-    "imagenet": DatasetSpec("ILSVRC/imagenet-1k", **_NATURAL, **_IMAGENET),
-    "imagenet-wds": DatasetSpec(
-        "timm/imagenet-1k-wds", **_NATURAL | {"input_key": "jpg", "target_key": "cls"}, **_IMAGENET
-    ),
-    "imagenette": DatasetSpec(
-        "frgfm/imagenette", "320px", num_classes=10, image_size=224, train_size=9_469, val_size=3_925, **_NATURAL
+    "imagenet": _IMAGENET("ILSVRC/imagenet-1k"),
+    "imagenet-wds": _IMAGENET("timm/imagenet-1k-wds", input_key="jpg", target_key="cls"),
+    "imagenette": _NATURAL(
+        "frgfm/imagenette", "320px", num_classes=10, image_size=224, train_size=9_469, val_size=3_925
     ),
 }
 

@@ -74,7 +74,7 @@ class LoaderSettings:
     loader: LoaderKind = "auto"
     workers: int = 0
     seed: int = 0
-    augmentation: dict[str, Any] = None
+    augmentation: dict[str, Any] | None = None
     skip_bad: bool = False
     shuffle_buffer: int = 2048
     padding: int | None = None

@@ -35,8 +35,10 @@ class Split:
     relabel: np.ndarray | None = None
 
     @classmethod
-    def of(cls, data: Dataset | IterableDataset, name: str, input_key: str, target_key: str, size: int | None = None):
-        """The two columns of `data`; `size` of a stream."""
+    def of(
+        cls, data: Dataset | IterableDataset, name: str, input_key: str, target_key: str, size: int | None = None
+    ) -> Split:
+        """Take the two columns of `data`; `size` is that of a stream."""
         columns = data.select_columns([input_key, target_key]).cast_column(input_key, Image(decode=False))
         return cls(columns, name, input_key, target_key, size if isinstance(data, IterableDataset) else len(data))
 

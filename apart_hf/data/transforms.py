@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from PIL.Image import Image
 from timm.data import create_transform, resolve_data_config, str_to_interp_mode
+from torch import Tensor
 from torchvision import transforms as T
 
 from apart_hf.errors import ApartError
@@ -20,8 +22,8 @@ def data_config(
     image_size: tuple[int, int],
     *,
     img_size: int | None = None,
-    mean=None,
-    std=None,
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def train_transform(
     color_jitter: float = 0.0,
     reprob: float = 0.0,
     interpolation: str | None = None,
-) -> Callable:
+) -> Callable[[Image], Tensor]:
     """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip.
 
     Args:
@@ -93,7 +95,7 @@ def train_transform(
     return T.Compose([crop, augment, to_tensor])
 
 
-def eval_transform(config: dict[str, Any]) -> Callable:
+def eval_transform(config: dict[str, Any]) -> Callable[[Image], Tensor]:
     """What `timm.data.create_transform` makes of the exported config."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_transform(**{key: config[key] for key in keys}, is_training=False)

@@ -44,7 +44,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         data_name=data_name,
         every=training.settings.get("every", 1),
         ratio=training.hyper.get("ratio", 1.0),
-        comparison=[training.compared_with, _row(model)] if model.results and training.compared_with else None,
+        comparison=[training.compared_with, _row(model, model.results)] if model.results and training.compared_with else None,
         is_ours=is_registered_here(model.config["architecture"]),
         architecture=model.config["architecture"],
         width=width,
@@ -71,7 +71,7 @@ def _validate(model: Exported) -> str | None:
 def _card_data(model: Exported, repo_id: str) -> ModelCardData:
     training, data, results = model.training, model.data, model.results
     base = training.base_model
-    measured = {
+    measured: dict[str, Any] = {
         "task_type": "image-classification",
         "dataset_type": data.hub_id if data.whole else "imagefolder",  # a part is another dataset
         "dataset_name": training.dataset,
@@ -143,15 +143,15 @@ def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
     ):
         if one != two:
             raise ApartError(f"the runs to compare are of the {what} {one!r} and {two!r}; name two of the same.")
-    return _row(other)
+    return _row(other, other.results)
 
 
-def _row(model: Exported) -> dict[str, Any]:
+def _row(model: Exported, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": model.training.method,
         "passes": model.training.passes,
-        "epochs": model.results.epoch,
-        "top1": model.results.top1,
+        "epochs": results.epoch,
+        "top1": results.top1,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def export_folder(
     Raises: ApartError, before anything is written, where config.json would not give this model again.
     """
     folder = Path(folder)
-    plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors takes nothing else
+    plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
     if "_original_forward" in vars(plain):  # Accelerate's, for 16-bit arithmetic
         del plain.forward, plain._original_forward
     new = _cleared(folder)
@@ -155,8 +156,8 @@ def _outputs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     """Each layer's output for the probe, by name, in the order in which they finish."""
     outputs: dict[str, torch.Tensor] = {}
 
-    def keep(name: str):
-        def hook(module, inputs, output):
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor) and name not in outputs:
                 outputs[name] = output.clone()  # the next layer may work in place
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoSibling
 from safetensors.torch import load_file, save_file
 
 from apart_hf.errors import ApartError
@@ -150,8 +151,9 @@ def push(folder: Path, repo_id: str, options: PushOptions = PushOptions()) -> st
     attempt(lambda: api.create_repo(repo_id, private=options.private or None, exist_ok=True), repo_id)
     if options.private and not attempt(lambda: api.model_info(repo_id), repo_id).private:
         raise ApartError(f"{repo_id} is there already and is public; make it private on its page, or drop --private.")
-    if options.revision is not None:
-        attempt(lambda: api.create_branch(repo_id, branch=options.revision, exist_ok=True), repo_id)
+    branch = options.revision
+    if branch is not None:
+        attempt(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), repo_id)
     return _commit(api, staged, repo_id, options)
 
 
@@ -212,14 +214,14 @@ def _commit(api: HfApi, staged: Path, repo_id: str, options: PushOptions) -> str
         info = api.model_info(repo_id, revision=options.revision, files_metadata=True)
         if info.sha == head:
             return None
-        there = {file.rfilename: file for file in info.siblings}
+        there = {file.rfilename: file for file in info.siblings or ()}
         same = all(name in there and _same_file(there[name], staged / name) for name in files)
         return f"{api.endpoint}/{repo_id}/commit/{info.sha}" if same else None
 
     return attempt(upload, repo_id, arrived=arrived, again=not options.create_pr)
 
 
-def _same_file(there, here: Path) -> bool:
+def _same_file(there: RepoSibling, here: Path) -> bool:
     if there.lfs is not None:
         return there.lfs.sha256 == sha256(here)
     content = here.read_bytes()  # git's own name for a file

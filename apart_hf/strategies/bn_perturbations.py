@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf.batchnorm.kernels import is_channels_last
+from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import replaced_forwards, supported_layers
 from apart_hf.errors import ApartError
 from apart_hf.strategies.perturbation import Perturbation, checked_radius, processes
@@ -40,7 +40,10 @@ class GroupStatistics(Perturbation):
             raise ApartError(f"groups={groups!r}: the number of groups must be an integer >= 1.")
         self.model, self.groups = model, groups
         self.layers = supported_layers(model)
-        self._deltas = self._leaves = self._fixed = None
+        # nothing yet: the model may still move to another device
+        self._deltas, self._layer_of = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self._leaves: dict[str, tuple[Tensor, Tensor]] = {}
+        self._fixed: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check(self, samples: int) -> None:
         if samples % self.groups:
@@ -63,7 +66,7 @@ class GroupStatistics(Perturbation):
         """One tensor of zeros for all deltas, sliced into a differentiable (delta_mu, delta_sigma) per layer."""
         parameter = next(self.model.parameters())
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        if self._deltas is None or (self._deltas.device, self._deltas.dtype) != (parameter.device, dtype):
+        if not self._leaves or (self._deltas.device, self._deltas.dtype) != (parameter.device, dtype):
             widths = [layer.num_features for layer in self.layers.values() for _ in ("mu", "sigma")]
             self._deltas = torch.zeros(sum(widths), device=parameter.device, dtype=dtype)
             leaves = [piece.detach().requires_grad_() for piece in self._deltas.split(widths)]
@@ -109,11 +112,11 @@ class AdversarialStatistics(GroupStatistics):
     def __init__(self, model: nn.Module, *, epsilon: float, groups: int, local_attack: bool):
         super().__init__(model, groups=groups)
         self.epsilon, self.local_attack = checked_radius("epsilon", epsilon, "the paper uses 0.1"), local_attack
-        self._eps = None
+        self._eps = torch.zeros(())
 
     def observed(self, samples: int) -> AbstractContextManager[None]:
         self._allocate()
-        if self._eps is None or self._eps.device != self._deltas.device:
+        if (self._eps.device, self._eps.dtype) != (self._deltas.device, self._deltas.dtype):
             self._eps = self._deltas.new_zeros(())
         self._eps.zero_()
         return replaced_forwards(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from torch import nn
 
 from apart_hf.errors import ApartError, unknown_name
+from apart_hf.strategies import hyper_parameters as declared
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
+from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, Weights
@@ -68,18 +70,46 @@ METHODS: dict[str, Method] = {
 }
 
 
-def list_strategies() -> list[str]:
+def list_strategies() -> list[MethodName]:
     """The names that `create_strategy` takes."""
-    return list(METHODS)
+    return cast(list[MethodName], list(METHODS))
 
 
+@overload
+def create_strategy(
+    name: Literal["standard"], model: nn.Module, **options: Unpack[declared.Standard]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(name: Literal["apart"], model: nn.Module, **options: Unpack[declared.Apart]) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["sam", "sam-on"], model: nn.Module, **options: Unpack[declared.Sam]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(name: Literal["asam"], model: nn.Module, **options: Unpack[declared.Asam]) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["apart-sam"], model: nn.Module, **options: Unpack[declared.ApartSam]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["apart-asam"], model: nn.Module, **options: Unpack[declared.ApartAsam]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["random-bn"], model: nn.Module, **options: Unpack[declared.RandomBN]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["ghost-bn"], model: nn.Module, **options: Unpack[declared.GhostBN]
+) -> TwoPassStrategy: ...
 def create_strategy(
     name: str,
     model: nn.Module,
     *,
-    accelerator=None,
+    accelerator: declared.HasBackward | None = None,
     generator: torch.Generator | None = None,
-    autocast: Callable[[], AbstractContextManager] | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     **hyper: Any,
 ) -> TwoPassStrategy:
     """Make the strategy `name` for `model`.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
 
@@ -26,6 +26,9 @@ class Perturbation:
     defaults: ClassVar[dict[str, Any]] = {}
     #: True where `ascend` reads p.grad, so that it must hold the gradient of the clean pass alone.
     reads_weight_gradients: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, **hyper: Any):
+        self.model = model
 
     def check(self, samples: int) -> None:
         """Raise ApartError where a perturbed pass over `samples` samples is impossible."""

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf.batchnorm.kernels import is_channels_last
+from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import kept_buffers, untracked_statistics
 from apart_hf.errors import ApartError
+from apart_hf.strategies.hyper_parameters import HasBackward
+
+if TYPE_CHECKING:
+    from apart_hf.strategies.methods import Method
 
 
 class TwoPassStrategy:
     """Algorithm 1 for any list of perturbations; made by `create_strategy`."""
 
-    def __init__(self, name, method, model, hyper, *, accelerator=None, generator=None, autocast=None):
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        model: nn.Module,
+        hyper: dict[str, Any],
+        *,
+        accelerator: HasBackward | None = None,
+        generator: torch.Generator | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    ):
         self.name, self.method, self.model, self.hyper = name, method, model, hyper
         self.generator = generator
         self.ratio = hyper.get("ratio", 1.0)
@@ -29,8 +43,8 @@ class TwoPassStrategy:
         ]
         self._batchnorms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         self._others = [m for m in model.modules() if m._buffers and not isinstance(m, _BatchNorm)]
-        self._autocast = autocast or nullcontext
-        self._backward = accelerator.backward if accelerator is not None else Tensor.backward
+        self._autocast: Callable[[], AbstractContextManager[Any]] = autocast or nullcontext
+        self._backward: Callable[[Tensor], Any] = accelerator.backward if accelerator is not None else Tensor.backward
         self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
 
     def __repr__(self) -> str:
@@ -105,7 +119,14 @@ class TwoPassStrategy:
             self._pass(images, targets, criterion, backward, perturbed_weight if keeps else 1.0)
         return loss, output
 
-    def _pass(self, images, targets, criterion, backward, weight: float = 1.0) -> tuple[Tensor, Any]:
+    def _pass(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        criterion: Callable[[Any, Tensor], Tensor],
+        backward: Callable[[Tensor], Any],
+        weight: float = 1.0,
+    ) -> tuple[Tensor, Any]:
         with self._autocast():
             output = self.model(images)
             loss = criterion(output, targets)
@@ -140,14 +161,18 @@ class TwoPassStrategy:
         """
         earlier = []
         if self._isolates:
-            earlier = [(p, p.grad.clone()) for p in self.model.parameters() if p.grad is not None]
-            for p, _ in earlier:
-                p.grad.zero_()
+            present = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+            earlier = [(p, gradient.clone()) for p, gradient in present]
+            for _, gradient in present:
+                gradient.zero_()
         try:
             yield
         finally:
-            for p, gradient in earlier:
-                p.grad.add_(gradient)
+            for p, before in earlier:
+                if p.grad is None:
+                    p.grad = before
+                else:
+                    p.grad.add_(before)
 
     def _no_sync(self) -> AbstractContextManager:
         """DDP reduces the sum of both passes' gradients, once, in the second backward."""

@@ -65,7 +65,7 @@ class Weights(Perturbation):
         ]
 
     @contextmanager
-    def applied(self, samples: int):
+    def applied(self, samples: int) -> Iterator[None]:
         # put back by copy: adding and subtracting the step would leave rounding errors, different on each rank
         before = [(p, p.detach().clone()) for p, _ in self._steps]
         try:

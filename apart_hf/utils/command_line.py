@@ -97,7 +97,7 @@ def forgiving_output() -> Iterator[None]:
 class _Output(logging.StreamHandler):
     """Writes to whatever standard output is at that moment."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property

@@ -86,7 +86,8 @@ def attempt(
 
     Raises: ApartError with the cause and the cure.
     """
-    lost, number, start = transport_errors(), 0, time.monotonic()
+    number, start = 0, time.monotonic()
+    failures: tuple[type[Exception], ...] = HfHubHTTPError, LocalEntryNotFoundError, RuntimeError, *transport_errors()
     while True:
         number += 1
         try:
@@ -95,7 +96,7 @@ def attempt(
             raise ApartError("HF_HUB_OFFLINE is set; unset it to reach the Hub, then run this again.") from error
         except (RemoteEntryNotFoundError, RevisionNotFoundError):
             raise  # the caller knows what is missing
-        except (HfHubHTTPError, LocalEntryNotFoundError, RuntimeError, *lost) as error:
+        except failures as error:
             if isinstance(error, LocalEntryNotFoundError) and huggingface_hub.is_offline_mode():
                 raise
             status = _status(error)
@@ -111,9 +112,10 @@ def attempt(
 
 
 def _asked(arrived: Callable[[], Result | None]) -> Result | None:
+    failures: tuple[type[Exception], ...] = HfHubHTTPError, *transport_errors()
     try:
         return arrived()
-    except (HfHubHTTPError, *transport_errors()):
+    except failures:
         return None  # not known; asked again after the next try
 
 

@@ -5,7 +5,7 @@ import torch
 
 from apart_hf.batchnorm import kernels
 from apart_hf.batchnorm.functional import perturbed_batch_norm
-from apart_hf.batchnorm.kernels import Grouping
+from apart_hf.batchnorm.layouts import Grouping
 
 SHAPES = {
     "nchw": (8, 3, 5, 4),

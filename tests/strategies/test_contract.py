@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from apart_hf import ApartError, create_strategy
 from apart_hf.batchnorm.functional import perturbed_batch_norm
-from apart_hf.batchnorm.kernels import Grouping
+from apart_hf.batchnorm.layouts import Grouping
 from tests.reference import reference_step
 from tests.support.helpers import assert_same, batch, build, gradients, snapshot
 
