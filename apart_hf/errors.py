@@ -9,7 +9,18 @@ from collections.abc import Iterable
 class ApartError(ValueError):
     """Bad input: the message is one line that says what is wrong, with the numbers, and the cure.
 
-    Scripts print it and exit with code 2; every other exception is a fault of the program and keeps its traceback.
+    It is a ValueError. Scripts print it and exit with code 2; every other exception is a fault of the program and keeps
+    its traceback.
+
+    Example:
+        >>> import timm
+        >>> from apart_hf import ApartError, create_strategy
+        >>> model = timm.create_model("test_vit")
+        >>> try:
+        ...     create_strategy("apart", model)
+        ... except ApartError as error:
+        ...     print(str(error).split(",")[0])
+        VisionTransformer has no BatchNorm layer
     """
 
 
@@ -18,18 +29,18 @@ class OneProcessError(ApartError):
 
 
 def one_line(error: ApartError) -> str:
-    """Its message; that of an error in a loader process comes with a traceback, of which it is the last line."""
+    """Return the message of an error; in a loader process it is the last line of a traceback."""
     last = str(error).strip().splitlines()[-1]
     return last.removeprefix(f"{ApartError.__module__}.{type(error).__name__}: ")
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, or its name where it has none."""
+    """Return the first line of an error's message, or its name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], more: str = "") -> ApartError:
-    """An error for a misspelt name: it names the closest of `known`, or lists them where they are few; then `more`."""
+    """Make an error for a misspelt name, which names the closest of `known`, or all where they are few; then `more`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:

@@ -7,7 +7,7 @@ authors' code, and no BN after the last block.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +144,16 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "apache-2.0",
         **kwargs,
     }
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """Return timm's description of a network and its images, which each of its models carries."""
+    return cast(dict[str, Any], model.pretrained_cfg)
+
+
+def num_classes(model: nn.Module) -> int:
+    """Return how many classes a network of timm tells apart."""
+    return cast(int, model.num_classes)
 
 
 def is_registered_here(architecture: str) -> bool:

@@ -8,6 +8,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from apart_hf.data import DATASETS, DataSettings, ImageData, LoaderSettings, load_image_data
+from apart_hf.models import num_classes, pretrained_cfg
 from apart_hf.utils.command_line import at_least
 
 
@@ -29,7 +30,7 @@ def measured_images(args: argparse.Namespace, model: nn.Module, *, streaming: bo
 
     Raises: ApartError where the data are not there, or have other classes.
     """
-    names = model.pretrained_cfg.get("label_names")
+    names = pretrained_cfg(model).get("label_names")
     return load_image_data(
         DataSettings(
             args.dataset,
@@ -42,7 +43,7 @@ def measured_images(args: argparse.Namespace, model: nn.Module, *, streaming: bo
             streaming=streaming,
             train_num_samples=1 if streaming else None,
             skip_bad=args.on_bad_image == "skip",
-            num_classes=model.num_classes,
+            num_classes=num_classes(model),
             class_names=tuple(names) if isinstance(names, list) else None,
         )
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 from apart_hf.errors import ApartError
-from apart_hf.hub.publish import PushOptions, published_files, push, stage
+from apart_hf.hub.publish import push
+from apart_hf.hub.staging import PushOptions, published_files, stage
 from apart_hf.utils.command_line import Parser, run_command
 from apart_hf.utils.hub_client import attempt, check_repo_id
 

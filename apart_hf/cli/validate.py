@@ -75,7 +75,7 @@ def _same_images(args: argparse.Namespace, found: dict, training: TrainingRecord
 def _report(args: argparse.Namespace, found: dict, training: TrainingRecord, accelerator: Accelerator) -> bool:
     """Print what was measured; whether the claim holds."""
     claim, comparable = training.results, _same_images(args, found, training)
-    difference = found["top1"] - claim.top1 if comparable else None
+    difference = found["top1"] - claim.top1 if claim is not None and comparable else None
     holds = difference is None or abs(difference) <= TOLERANCE
     if args.json:
         claimed = None if claim is None else claim.to_dict()
@@ -85,7 +85,7 @@ def _report(args: argparse.Namespace, found: dict, training: TrainingRecord, acc
         f"{args.checkpoint} on {found['split']}: top-1 {found['top1']:.2f} %, "
         f"top-5 {found['top5']:.2f} %, loss {found['eval_loss']:.4f}"
     )
-    if comparable:
+    if claim is not None and comparable:
         accelerator.print(
             f"claimed: top-1 {claim.top1:.2f} %; {'it holds' if holds else 'it does NOT hold'} "
             f"(difference {difference:+.2f})"

@@ -25,9 +25,26 @@ class TrainConfig(  # fields of the last base come first
     """Settings of one training run. None stands for "decided from the others", as the help texts say.
 
     It is never changed: `config.defaults` makes the complete one in two steps.
+
+    Args:
+        **settings: the flags of `python -m apart_hf train --help`, with _ for -, all of them optional.
+
+    Raises:
+        ApartError: where a value is out of range, or two settings do not fit each other.
+
+    Example:
+        >>> from apart_hf import ApartError, TrainConfig
+        >>> config = TrainConfig(model="preact_resnet18", dataset="cifar10", method="apart", epsilon=0.1)
+        >>> config.dataset_name, config.hyper_parameters()
+        ('cifar10', {'epsilon': 0.1})
+        >>> try:
+        ...     TrainConfig(epochs=0)
+        ... except ApartError as error:
+        ...     print(error)
+        --epochs 0: must be a finite number of at least 1.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_values(self)
 
     @property

@@ -44,7 +44,9 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         data_name=data_name,
         every=training.settings.get("every", 1),
         ratio=training.hyper.get("ratio", 1.0),
-        comparison=[training.compared_with, _row(model, model.results)] if model.results and training.compared_with else None,
+        comparison=[training.compared_with, _row(model, model.results)]
+        if model.results and training.compared_with
+        else None,
         is_ours=is_registered_here(model.config["architecture"]),
         architecture=model.config["architecture"],
         width=width,
@@ -146,7 +148,7 @@ def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
     return _row(other, other.results)
 
 
-def _row(model: Exported, results: dict[str, Any]) -> dict[str, Any]:
+def _row(model: Exported, results: Claim) -> dict[str, Any]:
     return {
         "method": model.training.method,
         "passes": model.training.passes,

@@ -8,8 +8,9 @@ from pathlib import Path
 import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
+from PIL.Image import Image
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.hub.model_folder import CONFIG, WEIGHTS, check_intact, model_cards_folder, weights_folder
@@ -17,19 +18,42 @@ from apart_hf.utils.hub_client import attempt, check_repo_id, offline_if_unreach
 
 
 def list_pretrained() -> list[str]:
-    """Names of the trained models that come with this package; `load_pretrained` takes them without a connection."""
+    """List the trained models that come with this package.
+
+    Returns:
+        Names in alphabetical order, each of which `load_pretrained` takes without a connection.
+
+    Example:
+        >>> from apart_hf import list_pretrained
+        >>> "demo-test_resnet-apart" in list_pretrained()
+        True
+    """
     return sorted(file.parent.name for file in model_cards_folder().glob(f"*/{CONFIG}"))
 
 
-def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Module, Callable]:
-    """A trained model in eval mode, and the transform from a PIL image to its input tensor.
+def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Module, Callable[[Image], Tensor]]:
+    """Load a trained model and the transform of its images.
 
     Args:
-        name: one of `list_pretrained`, the folder of a run or an exported one, or a repository `user/name` of the Hub.
-        revision: branch, tag or commit of a repository.
+        name: one of `list_pretrained()`, the folder of a run or an exported one, or "user/name", a repository of the
+            Hub.
+        revision: the branch, tag or commit of a repository; None: its main branch.
 
-    Raises: ApartError where there is none, or the weights are not those that were exported: their sha256 is compared
-        with the one that config.json records (a folder that records none is loaded as it is).
+    Returns:
+        The timm model in eval mode, and a function from a PIL image to its input, a tensor (3, H, W) that is scaled
+        and normalised as the model was evaluated.
+
+    Raises:
+        ApartError: where there is no such model, or the weights are not those that were exported: their sha256 is
+            compared with the one that config.json records (a folder that records none is loaded as it is).
+
+    Example:
+        >>> from PIL import Image
+        >>> from apart_hf import load_pretrained
+        >>> model, transform = load_pretrained("demo-test_resnet-apart")
+        >>> image = transform(Image.new("RGB", (28, 28)))
+        >>> model(image.unsqueeze(0)).shape
+        torch.Size([1, 10])
     """
     folder = find_pretrained(name, revision=revision)
     try:

@@ -1,146 +1,67 @@
-"""Publishing a run or an exported folder: staged, verified in a process of its own, pushed as one commit."""
+"""Publishing a run or an exported folder: staged, verified, pushed as one commit."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoSibling
-from safetensors.torch import load_file, save_file
 
 from apart_hf.errors import ApartError
-from apart_hf.hub.card import comparison, make_card
-from apart_hf.hub.export import probe
-from apart_hf.hub.model_folder import (
-    CONFIG,
-    WEIGHTS,
-    Exported,
-    check_intact,
-    read_config,
-    update_record,
-    weights_folder,
-)
-from apart_hf.hub.pretrained import load_pretrained
-from apart_hf.models import is_registered_here
+from apart_hf.hub.model_folder import Exported, check_intact, read_config, weights_folder
+from apart_hf.hub.staging import CARD, PushOptions, published_files, stage, verify
 from apart_hf.utils.files import sha256
 from apart_hf.utils.hub_client import attempt, check_repo_id
 
-CARD = "README.md"
-PUBLISHED = (WEIGHTS, CONFIG, CARD, "metrics.jsonl", "compared_with.jsonl", "test.json", "plots/training.png")
 
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    compare_with: str | Path | None = None,
+    license: str | None = None,
+) -> str:
+    """Publish a trained model on the Hugging Face Hub: weights, configuration and a model card, as one commit.
 
-@dataclass(frozen=True)
-class PushOptions:
-    """How a folder is pushed.
-
-    Args:
-        private: of a repository that is made.
-        revision: branch; made where it is not there.
-        create_pr: as a pull request.
-        commit_message: of the one commit.
-        compare_with: another run, for a table in the card.
-        license: of the weights; None: the one recorded.
-    """
-
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    commit_message: str | None = None
-    compare_with: Path | None = None
-    license: str | None = None
-
-
-def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), previous: str | None = None) -> Path:
-    """Gather what is published, with its card, and return its folder: a run's own "hub", or `folder` itself, whose card
-    (and, by `options.license`, config.json) is then replaced.
+    The weights are first loaded by timm in a process of its own and compared. It is safe to run again: what is there
+    already is not sent twice. The token is that of `hf auth login`, or of the variable HF_TOKEN.
 
     Args:
-        folder: a run's output, or a folder in timm's form.
-        repo_id: the name on the Hub.
-        options: what the card shows.
-        previous: the card that is there already; its hand-written parts are kept.
+        folder: what `train` returned, or a folder that `timm.models.save_for_hf` wrote.
+        repo_id: the repository, "user/name"; it is made where it is not there.
+        private: whether a repository that is made is private.
+        revision: the branch to push to, made where it is not there; None: main.
+        create_pr: whether to open a pull request instead.
+        commit_message: the title of the commit; None: the architecture and the method.
+        compare_with: the folder of another run of the same network and data, for a table of both in the card.
+        license: the licence of the weights, as the Hub spells it; None: the one that the folder records.
 
-    Raises: ApartError where the folder, its weights or an earlier card cannot be read, the weights are not those of
-        their record, or the run to compare with is of another network.
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ApartError: where the folder or its weights cannot be read, the token or the name is not accepted, or the Hub
+            does not answer. The repository is then as it was, and running the same again is safe.
+
+    Example:
+        >>> from apart_hf import push_to_hub
+        >>> url = push_to_hub("output/my-run", "user/my-model", license="apache-2.0")
+        >>> url.split("/commit/")[0].endswith("/user/my-model")
+        True
     """
-    Exported.read(folder)
-    weights = weights_folder(folder)
-    check_intact(weights)
-    staged = folder if weights == folder else folder / "hub"
-    if staged != folder:
-        for name in PUBLISHED:
-            source = weights / name if name in (WEIGHTS, CONFIG) else folder / name
-            if name != CARD and source.exists():
-                (staged / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, staged / name)
-    if options.license is not None:
-        config = json.loads((staged / CONFIG).read_text())
-        config["pretrained_cfg"]["license"] = options.license
-        (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if options.compare_with is not None:
-        update_record(staged, compared_with=comparison(staged, options.compare_with))
-        shutil.copyfile(options.compare_with / "metrics.jsonl", staged / "compared_with.jsonl")
-    here = staged / CARD
-    if previous is None and staged == folder and here.exists():  # a run's own may be of another repository
-        previous = here.read_text(errors="replace")
-    card = make_card(staged, repo_id, previous=previous)
-    card.save(here)
-    return staged
+    other = None if compare_with is None else Path(compare_with)
+    return push(Path(folder), repo_id, PushOptions(private, revision, create_pr, commit_message, other, license))
 
 
-def published_files(staged: Path) -> list[str]:
-    """Names of what goes up, and nothing else of the folder."""
-    return [name for name in PUBLISHED if (staged / name).is_file()]
-
-
-def verify(staged: Path) -> None:
-    """Load the folder by timm in a fresh process and compare the logits with those of this process, and the checksum.
-
-    Raises: ApartError where they differ or the folder does not load.
-    """
-    model, _ = load_pretrained(str(staged))  # compares the checksum
-    config = read_config(staged)
-    noise = probe(tuple(config["pretrained_cfg"]["input_size"]))
-    with torch.no_grad():
-        want = model(noise)
-    ours = "import apart_hf; " if is_registered_here(config["architecture"]) else ""
-    with tempfile.TemporaryDirectory() as scratch:
-        images, logits = Path(scratch) / "images.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"images": noise}, images)
-        code = (
-            f"{ours}import sys, timm, torch; from safetensors.torch import load_file, save_file; "
-            f"torch.set_num_threads({torch.get_num_threads()}); "
-            "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval(); "
-            "torch.set_grad_enabled(False); "
-            "save_file({'logits': model(load_file(sys.argv[2])['images'])}, sys.argv[3])"
-        )
-        command = [sys.executable, "-c", code, str(staged), str(images), str(logits)]
-        loaded = subprocess.run(command, capture_output=True, text=True, check=False)
-        if loaded.returncode:
-            reason = (loaded.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ApartError(f"{staged} does not load in timm ({reason}); export it again.")
-        found = load_file(logits)["logits"]
-    if not torch.allclose(found, want, rtol=1e-5, atol=1e-6):
-        worst = (found - want).abs().max().item()
-        raise ApartError(f"{staged} gives other logits in a fresh process (by {worst:.3g}); it is not pushed.")
-
-
-def push(folder: Path, repo_id: str, options: PushOptions = PushOptions()) -> str:
-    """Publish a run or a folder in timm's form as one commit, and return its address.
-
-    Safe to run again: what is there already is not sent twice.
-
-    Raises: ApartError, with the repository as it was, where it cannot be done; the staged folder stays ready.
-    """
+def push(folder: Path, repo_id: str, options: PushOptions | None = None) -> str:
+    """Do what `push_to_hub` does, by its options as one record; None: the usual ones."""
+    options = options or PushOptions()
     Exported.read(folder)
     check_intact(weights_folder(folder))
     api = check_access(repo_id)

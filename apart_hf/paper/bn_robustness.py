@@ -91,7 +91,9 @@ def attack(
     )
 
 
-def _shifted(perturbation: GroupStatistics, groups: int, epsilon: float, seed: int, images: Tensor) -> Tensor:
+def _shifted(
+    perturbation: AdversarialStatistics | RandomStatistics, groups: int, epsilon: float, seed: int, images: Tensor
+) -> Tensor:
     """Logits; the direction of delta depends on the first step, or the seed, alone."""
     perturbation.groups, perturbation.epsilon = groups, epsilon
     perturbation.ascend(torch.Generator().manual_seed(seed))
@@ -118,8 +120,7 @@ def robustness(
     network = copy.deepcopy(model).eval()
     layers = supported_layers(network)
     for name, layer in layers.items():
-        if layer.running_mean is None:
-            raise ApartError(f"BatchNorm layer {name!r} keeps no running statistics, so there is nothing to perturb.")
+        _running_statistics(name, layer)
     _check_radii(epsilons, below=1)
     return _accuracies(
         batches,
@@ -144,12 +145,19 @@ def scaled_statistics(layers: Mapping[str, _BatchNorm], statistic: str, epsilon:
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, layer in layers.items():
         signs = 2 * torch.randint(2, (len(STATISTICS), layer.num_features), generator=generator) - 1
-        shift = epsilon * signs[STATISTICS.index(statistic)].to(layer.running_mean)
+        mean, var = _running_statistics(name, layer)
+        shift = epsilon * signs[STATISTICS.index(statistic)].to(mean)
         if statistic == "mean":
-            found[f"{name}.running_mean"] = (1 + shift) * layer.running_mean
+            found[f"{name}.running_mean"] = (1 + shift) * mean
         else:  # (1 + shift)^2 (var + eps) - eps, but exact at shift 0
-            found[f"{name}.running_var"] = layer.running_var + shift * (2 + shift) * (layer.running_var + layer.eps)
+            found[f"{name}.running_var"] = var + shift * (2 + shift) * (var + layer.eps)
     return found
+
+
+def _running_statistics(name: str, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    if layer.running_mean is None or layer.running_var is None:
+        raise ApartError(f"BatchNorm layer {name!r} keeps no running statistics, so there is nothing to perturb.")
+    return layer.running_mean, layer.running_var
 
 
 def _check_radii(epsilons: Sequence[float], below: float = math.inf) -> None:
@@ -161,11 +169,12 @@ def _check_radii(epsilons: Sequence[float], below: float = math.inf) -> None:
 @torch.no_grad()
 def _accuracies(batches: Batches, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """A row for each case, by a single pass over the batches."""
-    hits, seen = None, 0
+    hits: list[Tensor] = []
+    seen = 0
     for images, targets in batches:
-        found = torch.stack([(logits_of(images).argmax(-1) == targets).sum() for _, logits_of in cases])
-        hits = found if hits is None else hits + found
+        hits.append(torch.stack([(logits_of(images).argmax(-1) == targets).sum() for _, logits_of in cases]))
         seen += int((targets != IGNORED).sum())
     if not seen:
         raise ApartError("there is no image that can be decoded.")
-    return [{**columns, "images": seen, "top1": 100 * hit / seen} for (columns, _), hit in zip(cases, hits.tolist())]
+    total = torch.stack(hits).sum(0).tolist()
+    return [{**columns, "images": seen, "top1": 100 * hit / seen} for (columns, _), hit in zip(cases, total)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from scipy.stats import ttest_rel
 
@@ -52,12 +53,16 @@ def compare(accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple
         if len({round(difference, 9) for difference in differences}) > 1:
             test = ttest_rel([values[seed] for seed in seeds], [others[seed] for seed in seeds])
             p = float(test.pvalue)
-            interval, wide = (
-                tuple(map(float, test.confidence_interval(level))) for level in (LEVEL, 1 - (1 - LEVEL) / tests)
-            )
+            interval, wide = _bounds(test, LEVEL), _bounds(test, 1 - (1 - LEVEL) / tests)
         found.append(Comparison(f"{row} - {baseline}", len(seeds), fmean(differences), interval, wide, p, None))
     corrected = iter(holm([one.p for one in found if one.p is not None], tests))
     return [one if one.p is None else _with_holm(one, next(corrected)) for one in found]
+
+
+def _bounds(test: Any, level: float) -> tuple[float, float]:
+    """The confidence interval at `level` of scipy's result of a test."""
+    low, high = test.confidence_interval(level)
+    return float(low), float(high)
 
 
 def _with_holm(one: Comparison, corrected: float) -> Comparison:

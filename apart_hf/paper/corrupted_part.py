@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 def corrupted_part(request: TableRequest, config: TrainConfig) -> CorruptedImages | None:
     """The scale's corrupted images, made once and kept beside the runs; None: it has none."""
     scale = SCALES[request.scale]
-    if not scale.corruptions:
+    part = scale.reduction
+    if not scale.corruptions or part is None:
         return None
     file = Path(f"{config.data_dir}-corrupted.npz")
     if file.exists():
@@ -31,7 +32,6 @@ def corrupted_part(request: TableRequest, config: TrainConfig) -> CorruptedImage
     _log.info(
         "making %s: %d images under 15 corruptions and %d severities", file, scale.corruptions, len(scale.severities)
     )
-    part = scale.reduction
     evaluated = len(load_image_data(data_settings(config)).val)
     chosen = np.sort(np.random.default_rng(0).permutation(evaluated)[: scale.corruptions])
     whole = dataclasses.replace(data_settings(config), data_dir=request.data_dir)

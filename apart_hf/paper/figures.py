@@ -89,7 +89,7 @@ def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: st
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     of_cost = Counter(round(cost, 2) for _, cost, _ in gains)
-    placed = Counter()
+    placed: Counter[float] = Counter()
     for (name, cost, gain), (marker, _) in zip(gains, styles()):
         beside = placed[round(cost, 2)] - (of_cost[round(cost, 2)] - 1) / 2
         placed[round(cost, 2)] += 1

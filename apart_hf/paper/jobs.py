@@ -15,7 +15,7 @@ from apart_hf.config.train_config import SETTINGS, TrainConfig
 from apart_hf.data import DATASETS
 from apart_hf.errors import ApartError
 from apart_hf.paper.request import TableRequest
-from apart_hf.paper.scales import SCALES
+from apart_hf.paper.scales import SCALES, Reduction
 from apart_hf.paper.tables import ROWS, recipe_name
 from apart_hf.strategies.methods import METHODS
 
@@ -77,7 +77,7 @@ def make_job(request: TableRequest, dataset: str, model: str, row: str, seed: in
     """
     scale, known = SCALES[request.scale], ROWS[row]
     name = f"{setting(request, dataset, model)}-{row}-{request.scale}-{seed}"
-    settings = {"recipe": recipe_name(dataset, model, known), "seed": seed}
+    settings: dict[str, Any] = {"recipe": recipe_name(dataset, model, known), "seed": seed}
     settings |= {} if known.budget is None else {"budget": known.budget}
     settings |= scale.settings | known.settings
     method = settings.get("method", known.recipe.removesuffix("-mixup"))
@@ -87,14 +87,14 @@ def make_job(request: TableRequest, dataset: str, model: str, row: str, seed: in
     _check_more(flags, list(request.more))
     places = {"output": str(request.output), "experiment": name, "resume": "auto"}
     if scale.reduction is not None:
-        places["data_dir"] = str(_reduced(request, dataset))
+        places["data_dir"] = str(_reduced(request, dataset, scale.reduction))
     elif request.data_dir is not None and "dataset" not in scale.settings:
         places["data_dir"] = request.data_dir
     return Job(name, row, seed, flags, list(request.more), places)
 
 
-def _reduced(request: TableRequest, dataset: str) -> Path:
-    part, source = SCALES[request.scale].reduction, dataset
+def _reduced(request: TableRequest, dataset: str, part: Reduction) -> Path:
+    source = dataset
     if request.data_dir is not None:  # another folder is other data
         source += f"-{hashlib.sha256(str(Path(request.data_dir).resolve()).encode()).hexdigest()[:8]}"
     return request.output / f"{source}-{part.classes}x{part.images}-{part.edge}px"

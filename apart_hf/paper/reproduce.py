@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def _start(command: list[str]) -> tuple[int, bool]:
     except OSError as error:
         raise ApartError(f"--launcher: cannot start {command[0]}: {error.strerror}.") from error
 
-    def hand_on(number: int, frame) -> None:
+    def hand_on(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
         process.send_signal(number)
 

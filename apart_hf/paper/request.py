@@ -45,7 +45,7 @@ class TableRequest:
     launcher: tuple[str, ...] = (sys.executable,)
     more: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.table not in TABLES:
             raise unknown_name("table", self.table, TABLES)
         if self.scale not in SCALES:

@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 from apart_hf.errors import ApartError
 from apart_hf.paper.tables import Published
 
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "run": str,
     "row": str,
     "seed": int,
@@ -111,7 +111,7 @@ class Line:
 
     name: str
     accuracies: dict[int, float]
-    cost: float | None
+    cost: float
     published: Published | None
 
 
@@ -138,7 +138,7 @@ def render(lines: Iterable[Line], against: Iterable[str]) -> str:
     for line in lines:
         cells = [
             line.name,
-            "" if line.cost is None else f"{line.cost:.2f}x",
+            f"{line.cost:.2f}x",
             str(len(line.accuracies) or ""),
             mean_and_deviation(list(line.accuracies.values())),
         ]

@@ -17,7 +17,7 @@ from apart_hf.data.settings import DataSettings
 from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
 
-Part = tuple[Split, Sequence[int]]  # rows of a split
+Part = tuple[Split, np.ndarray]  # positions of rows in a split
 
 
 def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: int, edge: int) -> None:
@@ -41,7 +41,7 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
     training, evaluation = _parts(data, classes, images)
     names = data.class_names[:classes]
     features = datasets.Features(
-        {data.spec.input_key: datasets.Image(), data.spec.target_key: datasets.ClassLabel(names=names)}
+        {data.train.input_key: datasets.Image(), data.train.target_key: datasets.ClassLabel(names=names)}
     )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,7 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
         raise ApartError(f"cannot write {folder}: {error.strerror}; choose another --output.") from error
     temporary.chmod(0o755)
     try:
-        for name, rows in (
-            (data.spec.train_split, _rows(training, edge)),
-            (data.spec.val_split, _rows(evaluation, edge)),
-        ):
+        for name, rows in ((data.train.name, _rows(training, edge)), (data.val.name, _rows(evaluation, edge))):
             columns = dict(zip(features, map(list, zip(*rows))))
             part = datasets.Dataset.from_dict(columns, features=features)
             part.to_parquet(str(temporary / f"{name}-00000-of-00001.parquet"))
@@ -76,7 +73,7 @@ def evaluation_images(
     """
     _, evaluation = _parts(load_image_data(settings), classes, images)
     where = [(split, index) for split, indices in evaluation for index in indices.tolist()]
-    found = [row for position in chosen for split, index in [where[position]] for row in _rows([(split, [index])])]
+    found = _rows((split, np.array([index])) for split, index in (where[position] for position in chosen))
     return [np.asarray(image) for image, _ in found], np.array([label for _, label in found])
 
 
@@ -106,8 +103,8 @@ def _drawn(labels: np.ndarray, classes: int, images: int) -> tuple[np.ndarray, n
 def _rows(parts: Iterable[Part], edge: int | None = None) -> list[tuple[Image.Image, int]]:
     """(image, class index) of each row; averaged to `edge` pixels, or in its own size."""
     found = []
-    for split, indices in parts:
-        indices = list(map(int, indices))
+    for split, positions in parts:
+        indices = positions.tolist()
         for index, (cell, label) in zip(indices, split.cells(indices)):
             try:
                 image = rgb(cell)

@@ -26,6 +26,12 @@ def train(config: TrainConfig) -> Path:
         ApartError: before anything is written, where the settings do not fit each other or the data; later, where
             training cannot go on, see `apart_hf.runs.failures`.
         Interrupted: where it stopped and can be resumed.
+
+    Example:
+        >>> from apart_hf import TrainConfig, train
+        >>> folder = train(TrainConfig(model="test_resnet", dataset="demo", method="apart", max_steps=2))
+        >>> sorted(file.name for file in (folder / "last").iterdir())
+        ['config.json', 'model.safetensors']
     """
     check_names(config)
     config = fill_defaults(config)

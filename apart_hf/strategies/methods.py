@@ -21,14 +21,23 @@ from apart_hf.strategies.weight_perturbations import AdaptiveWeights, Normalisat
 
 @dataclass(frozen=True)
 class Method:
-    """A named point of the scheme.
+    """A named point of the min-max scheme of Eq. 2, in the table `METHODS`.
 
     Args:
         summary: one line for `--help` and the docs.
-        perturbations: what is moved before the second pass; none: a plain step.
+        perturbations: the classes of what is moved before the second pass; none: a plain step.
         keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
             False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
         defaults: hyper-parameters that differ from the perturbations' own defaults.
+
+    Example:
+        >>> from apart_hf import METHODS
+        >>> METHODS["apart"].summary
+        'perturbed BN statistics (Algorithm 1)'
+        >>> METHODS["apart"].hyper_parameters()
+        {'epsilon': 0.1, 'groups': 16, 'ratio': 1.0, 'local_attack': False}
+        >>> METHODS["apart"].passes(ratio=0.5, every=2)
+        1.25
     """
 
     summary: str
@@ -37,7 +46,16 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter of the method with its default: numbers, then options."""
+        """List every hyper-parameter of the method with its default: numbers, then options.
+
+        Returns:
+            The defaults by the names that `create_strategy` takes.
+
+        Example:
+            >>> from apart_hf import METHODS
+            >>> METHODS["sam"].hyper_parameters()
+            {'rho': 0.05, 'global_norm': False}
+        """
         found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
         if self.perturbations and self.keeps_clean_gradient:
             found["ratio"] = 1.0
@@ -45,7 +63,20 @@ class Method:
         return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
 
     def passes(self, ratio: float = 1.0, every: int = 1) -> float:
-        """Mean cost of a step in passes over the batch: 1 for a plain step, 1 + ratio for one with a second pass."""
+        """Tell the mean cost of a step, in passes (forward and backward) over the batch.
+
+        Args:
+            ratio: N/M, the share of the batch in the second pass.
+            every: how many steps there are to one with a second pass.
+
+        Returns:
+            1 for a plain step, 1 + ratio / every where there is a second pass.
+
+        Example:
+            >>> from apart_hf import METHODS
+            >>> METHODS["standard"].passes(), METHODS["apart"].passes(), METHODS["apart"].passes(every=4)
+            (1.0, 2.0, 1.25)
+        """
         return 1 + ratio / every if self.perturbations else 1.0
 
 
@@ -71,7 +102,16 @@ METHODS: dict[str, Method] = {
 
 
 def list_strategies() -> list[MethodName]:
-    """The names that `create_strategy` takes."""
+    """List the methods by name.
+
+    Returns:
+        The names that `create_strategy` takes, in the order of the table `METHODS`.
+
+    Example:
+        >>> from apart_hf import list_strategies
+        >>> list_strategies()[:4]
+        ['standard', 'apart', 'sam', 'apart-sam']
+    """
     return cast(list[MethodName], list(METHODS))
 
 
@@ -112,7 +152,10 @@ def create_strategy(
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     **hyper: Any,
 ) -> TwoPassStrategy:
-    """Make the strategy `name` for `model`.
+    """Make what fills `p.grad` for one batch, by a method's name: APART (Algorithm 1), SAM, both, or a plain step.
+
+    The strategy takes the place of `loss.backward()` in a training loop; optimizer, scheduler and model stay as they
+    are. Type checkers know which hyper-parameters each method has.
 
     Args:
         name: one of `list_strategies()`.
@@ -121,11 +164,35 @@ def create_strategy(
         generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
             generator.
         autocast: makes the context of the two forwards and their losses; the backwards stay outside of it.
-        **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()`): epsilon, groups, ratio, rho, ...
+        **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()` has their defaults):
 
-    Raises: ApartError (a ValueError) for an unknown method or hyper-parameter, a value out of range, or a model that
-        the method does not take: without the layers that it perturbs, with a BN class that has a forward of its own,
-        or sharded.
+            - epsilon: radius of the statistics' perturbation, as a share of the batch's own mean and scale, >= 0.
+            - groups: n, parts of the second batch that are normalised apart, >= 1; it divides N.
+            - ratio: N/M, the share of the batch in the second pass, in (0, 1]; N is a whole number.
+            - rho: radius of the weights' perturbation in the L2 norm, >= 0.
+            - eta: what keeps asam's scale of small weights from zero, >= 0.
+            - local_attack, global_norm: with several processes, whether each attacks the statistics by the gradient of
+              its own batch, and whether all climb the mean of their weights' gradients.
+
+    Returns:
+        The strategy; `accumulate_gradients` is its step.
+
+    Raises:
+        ApartError: (a ValueError) for an unknown method or hyper-parameter, a value out of range, or a model that the
+            method does not take: without the layers that it perturbs, with a BN class that has a forward of its own,
+            or sharded.
+
+    Example:
+        >>> import timm, torch
+        >>> from apart_hf import create_strategy
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> strategy = create_strategy("apart", model, epsilon=0.1, groups=4)
+        >>> images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
+        >>> loss, output = strategy.accumulate_gradients(images, targets, torch.nn.CrossEntropyLoss())
+        >>> optimizer.step(); optimizer.zero_grad()
+        >>> strategy, tuple(output.shape)
+        (apart(epsilon=0.1, groups=4, ratio=1.0), (8, 10))
     """
     known = check_hyper_parameters(name, hyper)
     _refuse_sharded(model)
@@ -136,9 +203,10 @@ def create_strategy(
 
 
 def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
-    """The hyper-parameters of the method `name` with their defaults.
+    """Return the hyper-parameters of the method `name` with their defaults.
 
-    Raises: ApartError where there is no such method, or it lacks one that is named in `hyper`.
+    Raises:
+        ApartError: where there is no such method, or it lacks one that is named in `hyper`.
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)

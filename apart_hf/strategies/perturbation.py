@@ -13,13 +13,49 @@ from apart_hf.errors import ApartError
 
 
 class Perturbation:
-    """What is moved before the second pass. It lives through one call of a strategy like this:
+    """What is moved before the second pass; subclass it for a method of your own.
 
-    with perturbation.observed(samples):     # the clean pass: collect the gradient to climb
-        ...forward, backward...
-    perturbation.ascend(generator)           # move against the defender
-    with perturbation.applied(samples):      # the perturbed pass; undone at the end, also by an exception
-        ...forward, backward...
+    It lives through one call of a strategy like this:
+
+        with perturbation.observed(samples):     # the clean pass: collect the gradient to climb
+            ...forward, backward...
+        perturbation.ascend(generator)           # move against the defender
+        with perturbation.applied(samples):      # the perturbed pass; undone at the end, also by an exception
+            ...forward, backward...
+
+    Args:
+        model: the network, possibly wrapped.
+        **hyper: the hyper-parameters that `defaults` names, each as a keyword.
+
+    Example:
+        >>> from contextlib import contextmanager
+        >>> import timm, torch
+        >>> from apart_hf import METHODS, Method, Perturbation, create_strategy
+        >>> class RandomWeights(Perturbation):
+        ...     defaults = {"radius": 0.01}
+        ...     def __init__(self, model, *, radius):
+        ...         super().__init__(model)
+        ...         self.radius = radius
+        ...     @contextmanager
+        ...     def applied(self, samples):
+        ...         before = [(p, p.detach().clone()) for p in self.model.parameters()]
+        ...         try:
+        ...             with torch.no_grad():
+        ...                 for p, _ in before:
+        ...                     p.add_(self.radius * torch.randn_like(p))
+        ...             yield
+        ...         finally:
+        ...             with torch.no_grad():
+        ...                 for p, value in before:
+        ...                     p.copy_(value)
+        >>> METHODS["random-weights"] = Method("weights with noise", (RandomWeights,))
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> strategy = create_strategy("random-weights", model, radius=0.02)
+        >>> batch = torch.randn(8, 3, 32, 32), torch.arange(8)
+        >>> loss, output = strategy.accumulate_gradients(*batch, torch.nn.CrossEntropyLoss())
+        >>> strategy
+        random-weights(radius=0.02, ratio=1.0)
+        >>> del METHODS["random-weights"]
     """
 
     #: Hyper-parameters with their defaults; a boolean is an option that is off.
@@ -31,27 +67,105 @@ class Perturbation:
         self.model = model
 
     def check(self, samples: int) -> None:
-        """Raise ApartError where a perturbed pass over `samples` samples is impossible."""
+        """Refuse a perturbed pass that is impossible; the base class takes any.
+
+        Args:
+            samples: N, the samples of that pass.
+
+        Raises:
+            ApartError: with the numbers and the cure.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import ApartError, create_strategy
+            >>> model = timm.create_model("test_resnet")
+            >>> (statistics,) = create_strategy("apart", model, groups=4).perturbations
+            >>> try:
+            ...     statistics.check(samples=10)
+            ... except ApartError as error:
+            ...     print(str(error).split(";")[0])
+            groups=4 does not divide the 10 samples of the perturbed pass
+        """
 
     def observed(self, samples: int) -> AbstractContextManager[None]:
+        """Open the clean pass, in which the gradient to climb is collected; the base class does nothing.
+
+        Args:
+            samples: M, the samples of the batch.
+
+        Returns:
+            A context around its forward and backward.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import Perturbation
+            >>> with Perturbation(timm.create_model("test_resnet")).observed(samples=8):
+            ...     pass  # forward, backward
+        """
         return nullcontext()
 
-    def ascend(self, generator: torch.Generator | None = None) -> None: ...
+    def ascend(self, generator: torch.Generator | None = None) -> None:
+        """Set the perturbation from what the clean pass gave; the base class does nothing.
+
+        Args:
+            generator: draws what is random; None: torch's global generator.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> (statistics,) = create_strategy("random-bn", timm.create_model("test_resnet")).perturbations
+            >>> statistics.ascend(torch.Generator().manual_seed(0))
+        """
 
     def order(self, samples: int) -> Tensor | None:
-        """An order of the samples, indices (samples,), in which the perturbed pass expects them; None: as they are."""
+        """Name the order in which the perturbed pass computes fastest; it has no effect on the gradient.
+
+        Args:
+            samples: N, the samples of that pass.
+
+        Returns:
+            Indices of samples, (N,); None: they may stay as they are.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet").to(memory_format=torch.channels_last)
+            >>> (statistics,) = create_strategy("apart", model, groups=2).perturbations
+            >>> statistics.order(samples=6)
+            tensor([0, 2, 4, 1, 3, 5])
+        """
+        return None
 
     def applied(self, samples: int) -> AbstractContextManager[None]:
+        """Open the perturbed pass; at its end, also by an exception, the model is what it was.
+
+        Args:
+            samples: N, the samples of that pass.
+
+        Returns:
+            A context around its forward and backward.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model, images = timm.create_model("test_resnet"), torch.randn(8, 3, 32, 32)
+            >>> (statistics,) = create_strategy("random-bn", model, groups=2).perturbations
+            >>> statistics.ascend()
+            >>> with statistics.applied(samples=8):
+            ...     perturbed = model(images)
+            >>> torch.equal(perturbed, model(images))
+            False
+        """
         return nullcontext()
 
 
 def checked_radius(name: str, value: Any, usual: str) -> float:
-    """`value`, if it is a radius: a finite number >= 0."""
+    """Return `value`, or raise ApartError where it is no radius, which is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ApartError(f"{name}={value!r}: the radius must be a finite number >= 0 ({usual}).")
     return value
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Count the processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

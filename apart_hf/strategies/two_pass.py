@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import kept_buffers, untracked_statistics
 from apart_hf.errors import ApartError
+from apart_hf.strategies.gradients import detached, isolated_gradients, unsynchronised
 from apart_hf.strategies.hyper_parameters import HasBackward
 
 if TYPE_CHECKING:
@@ -20,7 +21,30 @@ if TYPE_CHECKING:
 
 
 class TwoPassStrategy:
-    """Algorithm 1 for any list of perturbations; made by `create_strategy`."""
+    """Algorithm 1 for any list of perturbations: what a training loop calls in the place of `loss.backward()`.
+
+    It is made by `create_strategy`. Between two calls the model is what it was before: the same modules, parameters,
+    buffers and keys.
+
+    Args:
+        name: of the method, for messages.
+        method: what it combines.
+        model: the network, possibly wrapped.
+        hyper: every hyper-parameter of the method.
+        accelerator: see `create_strategy`, as for `generator` and `autocast`.
+
+    Attributes:
+        perturbations: one `Perturbation` for each class that the method names.
+        hyper: the hyper-parameters in use.
+        ratio: N/M, the share of the batch in the second pass.
+
+    Example:
+        >>> import timm
+        >>> from apart_hf import create_strategy
+        >>> strategy = create_strategy("apart-sam", timm.create_model("test_resnet"), groups=4)
+        >>> strategy.name, strategy.hyper["rho"], len(strategy.perturbations)
+        ('apart-sam', 0.2, 2)
+    """
 
     def __init__(
         self,
@@ -53,11 +77,35 @@ class TwoPassStrategy:
 
     @property
     def passes(self) -> float:
-        """Cost of a step with its second pass, see `Method.passes`."""
+        """Tell the cost of a step with its second pass, in passes over the batch (see `Method.passes`).
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> create_strategy("apart", timm.create_model("test_resnet"), ratio=0.5).passes
+            1.5
+        """
         return self.method.passes(self.ratio)
 
     def second_pass_size(self, samples: int) -> int:
-        """N for a batch of M `samples`, checked against every perturbation's needs."""
+        """Count the samples of the second pass, and check them against the needs of every perturbation.
+
+        Args:
+            samples: M, the samples of a batch.
+
+        Returns:
+            N = ratio * M.
+
+        Raises:
+            ApartError: where N is not a whole number, or a perturbation does not take it (`groups` must divide it).
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> strategy = create_strategy("apart", timm.create_model("test_resnet"), groups=4, ratio=0.5)
+            >>> strategy.second_pass_size(16)
+            8
+        """
         size = round(self.ratio * samples)
         if abs(size - self.ratio * samples) > 1e-4 or size < 1:  # a ratio may come rounded from a command line
             raise ApartError(
@@ -77,7 +125,7 @@ class TwoPassStrategy:
         backward: Callable[[Tensor], Any] | None = None,
         perturb: bool = True,
     ) -> tuple[Tensor, Any]:
-        """Add this batch's gradient to `p.grad` of every trainable parameter, as `backward()` does.
+        """Add this batch's gradient to `p.grad` of every trainable parameter, as `backward()` does (Algorithm 1).
 
         Args:
             images: (M, ...) the batch.
@@ -86,11 +134,25 @@ class TwoPassStrategy:
             backward: replaces `loss.backward()`, for instance `lambda loss: scaler.scale(loss).backward()`.
             perturb: False: a plain step in a single pass.
 
-        Returns: (loss, output) of the clean pass, detached.
+        Returns:
+            (loss, output) of the clean pass, detached: a scalar, and what the model returns, usually logits (M, C).
 
-        Raises: ApartError where the batch does not fit the hyper-parameters (also by a group with one value per channel
-            in a layer), the model or all that is perturbed in it is in eval mode, or a layer's forward is replaced
-            already.
+        Raises:
+            ApartError: where the batch does not fit the hyper-parameters (also by a group with one value per channel in
+                a layer), the model or all that is perturbed in it is in eval mode, or a layer's forward is replaced
+                already.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> strategy = create_strategy("apart", model, groups=4)
+            >>> images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
+            >>> loss, logits = strategy.accumulate_gradients(images, targets, torch.nn.CrossEntropyLoss())
+            >>> loss.shape, logits.shape
+            (torch.Size([]), torch.Size([8, 10]))
+            >>> all(p.grad is not None for p in model.parameters())
+            True
         """
         backward = backward or self._backward
         if not self.model.training:
@@ -102,7 +164,8 @@ class TwoPassStrategy:
         clean_weight, perturbed_weight = samples / (samples + drawn), drawn / (samples + drawn)
 
         others = [(b, b._version) for m in self._others for b in m.buffers(recurse=False)]
-        with self._isolated_gradients(), self._no_sync(), ExitStack() as observed:
+        isolated = isolated_gradients(self.model) if self._isolates else nullcontext()
+        with isolated, unsynchronised(self.model), ExitStack() as observed:
             for perturbation in self.perturbations:
                 observed.enter_context(perturbation.observed(samples))
             loss, output = self._pass(images, targets, criterion, backward, clean_weight if keeps else 1.0)
@@ -131,12 +194,12 @@ class TwoPassStrategy:
             output = self.model(images)
             loss = criterion(output, targets)
         backward(loss if weight == 1.0 else loss * weight)
-        return loss.detach(), _detached(output)
+        return loss.detach(), detached(output)
 
     def _draw(self, images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """S of Algorithm 1, lines 6 and 7: the whole batch in its order, or the first N of a random permutation.
+        """Draw S of Algorithm 1, lines 6 and 7: the whole batch in its order, or the first N of a random permutation.
 
-        Then in the order that a perturbation computes fastest in; the order has no effect on the gradient.
+        It is then put in the order that a perturbation computes fastest in, which has no effect on the gradient.
         """
         chosen = None
         if size < len(images):
@@ -153,50 +216,42 @@ class TwoPassStrategy:
             subset = subset.contiguous(memory_format=torch.channels_last)
         return subset, targets.index_select(0, chosen)
 
-    @contextmanager
-    def _isolated_gradients(self) -> Iterator[None]:
-        """Within the block p.grad starts from nothing; at its end, what was there before is added again.
-
-        Only where a perturbation reads p.grad. In place, so that gradients that are views (DDP's buckets) stay views.
-        """
-        earlier = []
-        if self._isolates:
-            present = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-            earlier = [(p, gradient.clone()) for p, gradient in present]
-            for _, gradient in present:
-                gradient.zero_()
-        try:
-            yield
-        finally:
-            for p, before in earlier:
-                if p.grad is None:
-                    p.grad = before
-                else:
-                    p.grad.add_(before)
-
-    def _no_sync(self) -> AbstractContextManager:
-        """DDP reduces the sum of both passes' gradients, once, in the second backward."""
-        no_sync = getattr(self.model, "no_sync", None)
-        return no_sync() if no_sync is not None else nullcontext()
-
     def state_dict(self) -> dict[str, Any]:
-        """What must be kept between steps to go on exactly: the state of the generator, where one was given."""
+        """Return what must be kept between steps to go on exactly.
+
+        Returns:
+            The state of the generator, under the key "generator", where one was given; else nothing.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model, generator = timm.create_model("test_resnet"), torch.Generator().manual_seed(0)
+            >>> list(create_strategy("apart", model, generator=generator).state_dict())
+            ['generator']
+        """
         return {} if self.generator is None else {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned.
+
+        Args:
+            state: that of a strategy of the same method.
+
+        Raises:
+            ApartError: where one of the two has a generator, and the other has none.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet")
+            >>> one = create_strategy("random-bn", model, generator=torch.Generator().manual_seed(0))
+            >>> other = create_strategy("random-bn", model, generator=torch.Generator())
+            >>> other.load_state_dict(one.state_dict())
+            >>> torch.equal(one.generator.get_state(), other.generator.get_state())
+            True
+        """
         if ("generator" in state) != (self.generator is not None):
             has, lacks = ("state", "strategy") if "generator" in state else ("strategy", "state")
             raise ApartError(f"the {has} has a generator, the {lacks} has none; pass generator= as when it was saved.")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, (tuple, list)):
-        items = [_detached(item) for item in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if isinstance(output, Mapping):
-        return {key: _detached(value) for key, value in output.items()}
-    return output

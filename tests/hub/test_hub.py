@@ -1,5 +1,7 @@
 """Publishing, by the real client to a Hub on loopback: what arrives, and who loads it."""
 
+import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -10,12 +12,13 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 
-from apart_hf import ApartError, list_pretrained, load_pretrained
+from apart_hf import ApartError, list_pretrained, load_pretrained, push_to_hub
 from apart_hf.cli.push_to_hub import main as push_command
 from apart_hf.cli.train import main as train_command
 from apart_hf.cli.validate import main as validate_command
 from apart_hf.hub.pretrained import find_pretrained
-from apart_hf.hub.publish import PushOptions, push
+from apart_hf.hub.publish import push
+from apart_hf.hub.staging import PushOptions
 from tests.support.helpers import PUSHED, REPO, ROOT, arrived, demo_rows, run
 
 
@@ -134,3 +137,9 @@ def test_another_revision(hub, quickly, folder):
     with pytest.raises(ApartError, match="is no exported model"):
         load_pretrained(REPO, revision="broken")
     assert hub.files(REPO) == first and load_pretrained(REPO, revision="main")[0].num_classes == 10
+
+
+def test_the_public_function_takes_every_option():
+    """The keywords of `push_to_hub` are the fields of the options, with the same defaults."""
+    keywords = [p for p in inspect.signature(push_to_hub).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert {p.name: p.default for p in keywords} == {f.name: f.default for f in dataclasses.fields(PushOptions)}

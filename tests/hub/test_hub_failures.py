@@ -10,7 +10,8 @@ import pytest
 from apart_hf import ApartError, list_pretrained, load_pretrained
 from apart_hf.cli.push_to_hub import main as push_command
 from apart_hf.config.train_config import TrainConfig
-from apart_hf.hub.publish import PushOptions, push, stage
+from apart_hf.hub.publish import push
+from apart_hf.hub.staging import PushOptions, stage
 from apart_hf.runs.train import train
 from tests.support.helpers import PUSHED, REPO, arrived
 

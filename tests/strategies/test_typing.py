@@ -13,7 +13,7 @@ from apart_hf.strategies.hyper_parameters import MethodName, Standard
 from apart_hf.strategies.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-GOOD = '''
+GOOD = """
 import timm
 import torch
 from apart_hf import create_strategy, list_strategies
@@ -32,7 +32,7 @@ for name in list_strategies():
     strategy = create_strategy(name, model)
 loss, output = strategy.accumulate_gradients(torch.ones(4, 3, 8, 8), torch.ones(4).long(), torch.nn.CrossEntropyLoss())
 print(loss.item(), strategy.passes * 2)
-'''
+"""
 BAD = {
     "misspelt method": 'create_strategy("aprat", model)',
     "misspelt hyper-parameter": 'create_strategy("apart", model, groupz=4)',
