@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from apart_hf.errors import ApartError
 from apart_hf.hub.model_folder import Exported, model_cards_folder
-from apart_hf.hub.training_record import TrainingRecord
+from apart_hf.hub.training_record import Claim, TrainingRecord
 from apart_hf.models import is_registered_here
 from apart_hf.strategies.methods import METHODS
 
