@@ -82,7 +82,7 @@ def check_names(config: TrainConfig) -> None:
     if ":" not in config.model and not is_model(split_model_name_tag(config.model)[0]):
         raise unknown_name("model", config.model, timm.list_models())
     if config.opt not in list_optimizers():
-        raise unknown_name("optimizer", config.opt, list_optimizers())
+        raise unknown_name("optimizer", config.opt, map(str, list_optimizers()))
     if config.opt == "adahessian":
         raise ApartError("--opt adahessian needs second derivatives, which the two passes do not give; choose another.")
     check_hyper_parameters(config.method, config.hyper_parameters())

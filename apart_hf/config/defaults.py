@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from apart_hf.config.recipes import budgeted
-from apart_hf.config.train_config import HYPER_PARAMETERS, TrainConfig
+from apart_hf.config.train_config import HYPER_PARAMETERS, CompleteConfig, FilledConfig, TrainConfig
 from apart_hf.data import find_dataset
 from apart_hf.errors import ApartError
 from apart_hf.strategies.methods import METHODS
@@ -20,33 +19,31 @@ if TYPE_CHECKING:
     from apart_hf.data import ImageData
 
 
-def fill_defaults(config: TrainConfig) -> TrainConfig:
-    """Decide every None that depends on other settings alone; touches no data."""
-    decided = {key: value for key, value in _usual(config).items() if getattr(config, key) is None}
-    config = dataclasses.replace(config, **decided)
-    epochs, milestones = config.epochs, config.decay_milestones
+def fill_defaults(config: TrainConfig) -> FilledConfig:
+    """Decide every None that depends on other settings alone; touches no data.
+
+    Raises: ApartError where the length of the training does not fit its schedule.
+    """
+    settings = vars(config) | {key: value for key, value in _usual(config).items() if getattr(config, key) is None}
+    epochs, milestones = settings["epochs"], config.decay_milestones
     if config.budget is not None:
-        passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
+        passes = METHODS[config.method].passes(settings["ratio"] or 1.0, config.every)
         epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
-    if config.sched == "multistep" and any(m > epochs for m in milestones or ()):
+    if settings["sched"] == "multistep" and any(m > epochs for m in milestones or ()):
         raise ApartError(
-            f"--decay-milestones {' '.join(map(str, milestones))} lie beyond --epochs {epochs}, and the learning "
+            f"--decay-milestones {' '.join(map(str, milestones or ()))} lie beyond --epochs {epochs}, and the learning "
             "rate would not fall; name earlier ones, or shorten a recipe by --budget."
         )
     if config.warmup_epochs >= epochs:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
     if config.img_size is None and config.input_size is not None:
-        config = dataclasses.replace(config, img_size=config.input_size[-1])
+        settings["img_size"] = config.input_size[-1]
     if config.amp and config.amp_dtype is None:
-        config = dataclasses.replace(config, amp_dtype="bfloat16")
-    return dataclasses.replace(
-        config,
-        epochs=epochs,
-        budget=None,
-        report_to=config.trackers,
-        decay_milestones=sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)}),
-        workers=config.workers if config.workers is not None else (min(8, cores()) if torch.cuda.is_available() else 0),
-    )
+        settings["amp_dtype"] = "bfloat16"
+    if config.workers is None:
+        settings["workers"] = min(8, cores()) if torch.cuda.is_available() else 0
+    settings["decay_milestones"] = sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)})
+    return FilledConfig(**settings | {"epochs": epochs, "budget": None, "report_to": config.trackers})
 
 
 def plain_epochs(config: TrainConfig) -> int:
@@ -68,8 +65,8 @@ def _usual(config: TrainConfig) -> dict[str, Any]:
 
 
 def fill_from_data(
-    config: TrainConfig, data: ImageData, accelerator: Accelerator, *, threads: int, img_size: int, experiment: str
-) -> TrainConfig:
+    config: FilledConfig, data: ImageData, accelerator: Accelerator, *, threads: int, img_size: int, experiment: str
+) -> CompleteConfig:
     """Decide every None that depends on the data, the model or the machine. The config is then complete.
 
     Args:
@@ -80,19 +77,19 @@ def fill_from_data(
         img_size: edge in pixels of what the model is given.
         experiment: name of the run's folder.
     """
-    return dataclasses.replace(
-        config,
-        lr=learning_rate(config, accelerator.num_processes),
-        amp_dtype={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
-        threads=threads,
-        **{key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")},
-        num_classes=len(data.class_names),
-        img_size=img_size,
-        experiment=experiment,
-    )
+    found = {key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")}
+    found |= {
+        "lr": learning_rate(config, accelerator.num_processes),
+        "amp_dtype": {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
+        "threads": threads,
+        "num_classes": len(data.class_names),
+        "img_size": img_size,
+        "experiment": experiment,
+    }
+    return CompleteConfig(**vars(config) | found)
 
 
-def learning_rate(config: TrainConfig, processes: int) -> float:
+def learning_rate(config: FilledConfig, processes: int) -> float:
     """`lr`, or what becomes of `lr_base` for the images that all processes take a step."""
     if config.lr is not None:
         return config.lr

@@ -128,25 +128,34 @@ def setting(
         least, above, most, below, outside, over: see `Range`.
         **facts: further ones of `Setting`.
     """
-    bounds = {"least": least, "above": above, "most": most, "below": below, "outside": outside, "over": over}
-    given = {
-        "group": group,
-        "help": help,
-        "role": role,
-        "on_resume": on_resume or ("free" if role in ("where", "command") else "override"),
-        "in_tables": role != "command" if in_tables is None else in_tables,
-        "range": Range(**bounds) if any(bound is not None for bound in bounds.values()) else None,
-        "length": None,
-    }
-    return dataclasses.field(default=default, metadata={"setting": functools.partial(Setting, **given | facts)})
+    bounds = Range(least, above, most, below, outside, over)
+    given = functools.partial(
+        Setting,
+        group=group,
+        help=help,
+        role=role,
+        on_resume=on_resume or ("free" if role in ("where", "command") else "override"),
+        in_tables=role != "command" if in_tables is None else in_tables,
+        range=None if bounds == Range() else bounds,
+        **{"length": None} | facts,
+    )
+    return dataclasses.field(default=default, metadata={"setting": given})
 
 
-@functools.cache
 def settings_of(config: type) -> Mapping[str, Setting]:
     """The settings of a dataclass by name, in the order of its fields.
 
     Raises: TypeError for a field that `setting` has not made, or of a type that no flag has.
     """
+    if config not in _known:
+        _known[config] = _read(config)
+    return _known[config]
+
+
+_known: dict[type, Mapping[str, Setting]] = {}
+
+
+def _read(config: type) -> Mapping[str, Setting]:
     hints, found = typing.get_type_hints(config), {}
     for field in dataclasses.fields(config):
         if "setting" not in field.metadata:

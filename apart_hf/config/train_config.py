@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from apart_hf.config.checks import check_values
 from apart_hf.config.data_group import DataGroup
@@ -24,7 +24,7 @@ class TrainConfig(  # fields of the last base come first
 ):
     """Settings of one training run. None stands for "decided from the others", as the help texts say.
 
-    It is never changed: `config.defaults` makes the complete one in two steps.
+    It is never changed: `config.defaults` makes a complete one in two steps.
 
     Args:
         **settings: the flags of `python -m apart_hf train --help`, with _ for -, all of them optional.
@@ -76,6 +76,32 @@ class TrainConfig(  # fields of the last base come first
         """Those of `report_to` and `log_wandb`."""
         found = self.report_to or []
         return [*found, "wandb"] if self.log_wandb and "wandb" not in found else self.report_to
+
+
+class FilledConfig(TrainConfig):
+    """A config after `fill_defaults`: what depends on other settings alone is decided."""
+
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    sched: Literal["multistep", "cosine", "none"]
+    decay_milestones: list[int]
+    workers: int
+
+
+class CompleteConfig(FilledConfig):
+    """A config after `fill_from_data`: what depends on the data, the model or the machine is decided, too."""
+
+    lr: float
+    amp_dtype: Literal["float32", "bfloat16", "float16"]
+    threads: int
+    train_split: str
+    val_split: str
+    input_key: str
+    target_key: str
+    num_classes: int
+    img_size: int
+    experiment: str
 
 
 SETTINGS = settings_of(TrainConfig)

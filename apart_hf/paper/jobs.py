@@ -11,7 +11,7 @@ from typing import Any
 
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.defaults import fill_defaults, plain_epochs
-from apart_hf.config.train_config import SETTINGS, TrainConfig
+from apart_hf.config.train_config import SETTINGS, FilledConfig, TrainConfig
 from apart_hf.data import DATASETS
 from apart_hf.errors import ApartError
 from apart_hf.paper.request import TableRequest
@@ -46,7 +46,7 @@ class Job:
         return [*self.flags, *self.more, *flags_of(self.places)]
 
     @property
-    def config(self) -> TrainConfig:
+    def config(self) -> FilledConfig:
         return fill_defaults(parse_arguments(self.arguments))
 
     @property

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import DataSettings, LoaderSettings
 from apart_hf.errors import ApartError, first_line
 
@@ -50,7 +50,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
     try:
         return create_optimizer_v2(
@@ -65,7 +65,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.op
         raise ApartError(f"cannot create optimizer {config.opt!r}: {first_line(error)}.") from error
 
 
-def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
     """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
     half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
     scheduler, _ = create_scheduler_v2(
@@ -87,11 +87,11 @@ def data_settings(config: TrainConfig) -> DataSettings:
     return DataSettings(**{name: getattr(config, name) for name in names}, skip_bad=config.on_bad_image == "skip")
 
 
-def loader_settings(config: TrainConfig, images: dict[str, Any]) -> LoaderSettings:
+def loader_settings(config: FilledConfig, images: dict[str, Any]) -> LoaderSettings:
     """How batches are made.
 
     Args:
-        config: complete.
+        config: its defaults are filled in.
         images: timm's description of the evaluation images.
     """
     return LoaderSettings(

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import CompleteConfig
 from apart_hf.config.yaml_file import write_config
 from apart_hf.data import Split
 from apart_hf.hub.export import copy_folder, export_folder
@@ -42,7 +42,7 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
-        config: TrainConfig,
+        config: CompleteConfig,
         images: dict[str, Any],
         class_names: list[str],
         record: TrainingRecord,

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from apart_hf.config.defaults import fill_from_data, learning_rate
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import CompleteConfig, FilledConfig, TrainConfig
 from apart_hf.data import ImageData, Loaders, load_image_data
 from apart_hf.data.fingerprint import data_digest
 from apart_hf.hub.publish import check_access
@@ -39,30 +39,30 @@ from apart_hf.utils.processes import from_main_process, use_threads
 _log = logging.getLogger(__name__)
 
 
-def prepare(config: TrainConfig, stop: StopRequest) -> Run:
+def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
     """Make a run, or bring one to where its checkpoint is.
 
     Args:
-        config: its names are checked and its defaults filled in.
+        filled: its names are checked and its defaults filled in.
         stop: of the run; it is told the accelerator.
 
     Raises:
         ApartError: where the settings do not fit the data, the model or the machine (then nothing was written), or the
             folder cannot be used.
     """
-    accelerator = stop.accelerator = make_accelerator(config)
-    repository = config.push_to_hub
+    accelerator = stop.accelerator = make_accelerator(filled)
+    repository = filled.push_to_hub
     if repository is not None:
         from_main_process(accelerator, lambda: bool(check_access(repository)))
-    threads = use_threads(config.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    set_seed(config.seed)
-    data = _load(config, accelerator)
-    model, images = make_model(config, data)
-    loaders = Loaders(data, loader_settings(config, images), accelerator)
-    trainer = _make_trainer(config, data, loaders, model, accelerator)
-    path, is_new = from_main_process(accelerator, lambda: make_folder(config))
+    threads = use_threads(filled.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    set_seed(filled.seed)
+    data = _load(filled, accelerator)
+    model, images = make_model(filled, data)
+    loaders = Loaders(data, loader_settings(filled, images), accelerator)
+    trainer = _make_trainer(filled, data, loaders, model, accelerator)
+    path, is_new = from_main_process(accelerator, lambda: make_folder(filled))
     config = fill_from_data(
-        config, data, accelerator, threads=threads, img_size=images["input_size"][-1], experiment=path.name
+        filled, data, accelerator, threads=threads, img_size=images["input_size"][-1], experiment=path.name
     )
     strategy = trainer.strategy
     passes = strategy.method.passes(strategy.ratio, config.every)
@@ -102,7 +102,7 @@ def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
 
 
 def _make_trainer(
-    config: TrainConfig, data: ImageData, loaders: Loaders, model: nn.Module, accelerator: Accelerator
+    config: FilledConfig, data: ImageData, loaders: Loaders, model: nn.Module, accelerator: Accelerator
 ) -> Trainer:
     ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
     train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
@@ -151,7 +151,7 @@ def _open(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Path | None, lis
     return checkpoint, problems
 
 
-def _start_trackers(config: TrainConfig, path: Path, accelerator: Accelerator) -> None:
+def _start_trackers(config: CompleteConfig, path: Path, accelerator: Accelerator) -> None:
     if not config.trackers:
         return
     accelerator.project_configuration.logging_dir = str(path)

@@ -7,14 +7,14 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-from apart_hf.config.train_config import SETTINGS, TrainConfig
+from apart_hf.config.train_config import SETTINGS, CompleteConfig, TrainConfig
 from apart_hf.data import ImageData, registered
 from apart_hf.hub.training_record import DataRecord, TrainingRecord
 from apart_hf.utils.environment import git_commit, versions
 
 
 def training_record(
-    config: TrainConfig,
+    config: CompleteConfig,
     data: ImageData,
     hyper: dict[str, Any],
     *,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import CompleteConfig
 from apart_hf.data import ImageData, Loaders
 from apart_hf.errors import ApartError
 from apart_hf.hub.publish import push
@@ -49,7 +49,7 @@ class Run:
     `history` holds the metrics of its epochs, `is_left` says whether anything is left to do.
     """
 
-    config: TrainConfig
+    config: CompleteConfig
     accelerator: Accelerator
     data: ImageData
     loaders: Loaders
