@@ -25,14 +25,7 @@ CASES = {
     "apart, workers": {"method": "apart", "groups": 2, "loader": "workers", "workers": 1, "reprob": 0.5},
     "apart, stream": {"method": "apart", "groups": 2, "streaming": True, "shuffle_buffer": 20},
     "sam": {"method": "sam", "grad_accum_steps": 2, "opt": "adamw", "lr": 1e-3, "checkpoint_every": "1"},
-    "apart-sam": {
-        "method": "apart-sam",
-        "groups": 2,
-        "amp_dtype": "bfloat16",
-        "img_size": 14,
-        "sched": "cosine",
-        "warmup_epochs": 1,
-    },
+    "apart-sam": {"method": "apart-sam", "groups": 2, "amp_dtype": "bfloat16", "sched": "cosine", "warmup_epochs": 1},
     "random-bn": {"method": "random-bn", "groups": 2, "val_fraction": 0.25, "batch_size": 9, "ratio": 2 / 3},
 }
 
