@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import load_image_data
 from apart_hf.data.fingerprint import fingerprint
@@ -34,7 +32,7 @@ from apart_hf.paper.tables import TABLES, chosen_rows
 from apart_hf.runs.components import data_settings
 from apart_hf.runs.interruption import EXIT_CODE, Interrupted
 from apart_hf.utils.environment import device_name, versions
-from apart_hf.utils.processes import SIGNALS
+from apart_hf.utils.processes import SIGNALS, use_threads
 
 COMMAND = ("-m", "apart_hf", "train")
 _log = logging.getLogger(__name__)
@@ -115,6 +113,7 @@ def _prepared_data(request: TableRequest, config: TrainConfig) -> str:
     """Make the scale's part of the dataset, where it takes one, and hash what runs are trained on."""
     reduction = SCALES[request.scale].reduction
     if reduction is not None:
+        assert config.data_dir is not None  # `make_job` names a folder for each reduction
         whole = dataclasses.replace(data_settings(config), data_dir=request.data_dir)
         reduce_data(whole, Path(config.data_dir), **dataclasses.asdict(reduction))
     return fingerprint(load_image_data(data_settings(config)))
@@ -122,7 +121,7 @@ def _prepared_data(request: TableRequest, config: TrainConfig) -> str:
 
 def _measures(job: Job, folder: Path, corrupted: CorruptedImages) -> dict[str, Any]:
     config = job.config
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads, local_processes=1)
     _log.info("measuring %s", job.name)
     model, _ = load_pretrained(str(folder))
     return measure(model, load_image_data(data_settings(config)), corrupted, folder / LOGITS)

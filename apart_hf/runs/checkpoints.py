@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Checkpoints:
         problem = None
         for stage in (self._make, self._write, self._seal):
             if problem is None:
-                problem = self._together(lambda stage=stage: stage(temporary, final, shared, own))
+                problem = self._together(partial(stage, temporary, final, shared, own))
         if problem is not None and self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         return problem
@@ -96,8 +97,9 @@ class Checkpoints:
         flush(self.folder)
         # later ones are damaged: else this run would have gone on from them
         stay = [folder for folder in self.all() if folder.name <= final.name][-self.keep :]
+        best = None if self.best is None else _name(self.best)
         for folder in self.all():
-            if folder not in stay and folder.name != _name(self.best):
+            if folder not in stay and folder.name != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def recover(self) -> None:
@@ -121,7 +123,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The latest one that is intact, and what is wrong with those after it. Reads them: for one process."""
-        problems = []
+        problems: list[str] = []
         for folder in reversed(self.all()):
             problem = damage(folder)
             if problem is None:
@@ -145,8 +147,8 @@ class Checkpoints:
         self.accelerator.step = 0  # batches since the last optimizer step: checkpoints are written at its end
 
 
-def _name(step: int | None) -> str | None:
-    return None if step is None else f"step-{step:08}"
+def _name(step: int) -> str:
+    return f"step-{step:08}"
 
 
 def damage(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from apart_hf.training.epoch_metrics import EpochMetrics
+from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation
 
 
 @dataclass
@@ -24,6 +24,11 @@ class History:
     def latest(self) -> EpochMetrics:
         """Those of the last epoch."""
         return self.epochs[-1]
+
+    @property
+    def latest_evaluation(self) -> Evaluation:
+        """That of the last epoch which was evaluated, as the last epoch of a run always is."""
+        return next(metrics.evaluation for metrics in reversed(self.epochs) if metrics.evaluation is not None)
 
     def best(self) -> EpochMetrics | None:
         """Those of the best epoch that was evaluated, the later of equals; None: none was."""

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +63,7 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         """Asked of all processes at the same step, so that they stop together."""
-        if self.accelerator.num_processes == 1:
+        if self.accelerator is None or self.accelerator.num_processes == 1:
             return bool(self.name)
         asked = torch.tensor(int(bool(self.name)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum"))
@@ -74,7 +75,7 @@ class StopRequest:
         Raises: Interrupted at once where nobody waits for the end of a step, see `noting`.
         """
 
-        def note(number: int, frame) -> None:
+        def note(number: int, frame: FrameType | None) -> None:
             self.name = signal.Signals(number).name
             for one, usual in before.items():
                 signal.signal(one, signal.SIG_DFL if one is not signal.SIGINT else usual)

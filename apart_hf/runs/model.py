@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -17,14 +17,15 @@ from torch import nn
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import ImageData, data_config
 from apart_hf.errors import ApartError, first_line
+from apart_hf.models import pretrained_cfg
 from apart_hf.runs.failures import is_out_of_memory
 from apart_hf.utils.hub_client import offline_if_unreachable
 
 
 def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
     """The timm model for the data's classes, and timm's description of its evaluation images."""
-    kwargs = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
-    kwargs = {key: value for key, value in kwargs.items() if value} | _model_kwargs(config)
+    usual = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
+    kwargs: dict[str, Any] = {key: value for key, value in usual.items() if value} | _model_kwargs(config)
     try:
         source = timm.get_pretrained_cfg(config.model)
         if source is not None and source.fixed_input_size and config.img_size is not None:
@@ -32,7 +33,7 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
         with offline_if_unreachable():  # weights may be in the cache
             model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            cast(Any, model).set_grad_checkpointing()  # of timm's models
     except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError, KeyError) as error:
         if is_out_of_memory(error):
             raise
@@ -40,7 +41,7 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
     if config.initial_checkpoint is not None:
         load_weights(model, config.initial_checkpoint)
     size = data_config(
-        model.pretrained_cfg,
+        pretrained_cfg(model),
         data.image_size,
         img_size=config.img_size,
         mean=config.mean or data.spec.mean,
@@ -54,7 +55,7 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
-        edge, usual = size["input_size"][-1], model.pretrained_cfg["input_size"][-1]
+        edge, usual = size["input_size"][-1], pretrained_cfg(model)["input_size"][-1]
         raise ApartError(
             f"model {config.model!r} does not take images of {edge} pixels ({first_line(error)}); "
             f"try --img-size {usual}, the model's own."
@@ -105,8 +106,8 @@ def load_weights(model: nn.Module, file: str) -> None:
     ) as error:
         raise ApartError(f"--initial-checkpoint {file}: cannot be read ({first_line(error)}).") from error
     own = model.state_dict()
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    named = pretrained_cfg(model).get("classifier") or ()
+    heads = (named,) if isinstance(named, str) else tuple(named)
     for key in [k for k in state if k.rsplit(".", 1)[0] in heads and k in own and state[k].shape != own[k].shape]:
         state[key] = own[key]
     try:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,7 @@ from apart_hf.runs.record import training_record
 from apart_hf.runs.report import describe_data
 from apart_hf.runs.resume import go_on, lock
 from apart_hf.runs.run import Run
+from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.methods import create_strategy
 from apart_hf.training.trainer import Trainer
 from apart_hf.utils.files import writing
@@ -113,7 +114,11 @@ def _make_trainer(
     scheduler = make_scheduler(config, optimizer, math.ceil(len(train_loader) / config.grad_accum_steps))
     generator = torch.Generator().manual_seed(config.seed + accelerator.process_index)
     strategy = create_strategy(
-        config.method, model, accelerator=accelerator, generator=generator, **config.hyper_parameters()
+        cast(MethodName, config.method),  # `check_names` knows it
+        model,
+        accelerator=accelerator,
+        generator=generator,
+        **config.hyper_parameters(),
     )
     strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
     mixes = config.mixup > 0 or config.cutmix > 0

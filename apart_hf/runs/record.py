@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg
-
 from apart_hf.config.train_config import SETTINGS, CompleteConfig, TrainConfig
 from apart_hf.data import ImageData, registered
 from apart_hf.hub.training_record import DataRecord, TrainingRecord
@@ -20,7 +18,7 @@ def training_record(
     *,
     passes: float,
     processes: int,
-    source: PretrainedCfg | dict[str, Any],
+    source: dict[str, Any],
 ) -> TrainingRecord:
     """Method and hyper-parameters, data, settings, seed, versions and commit.
 
@@ -63,7 +61,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def _base_model(config: TrainConfig, source: PretrainedCfg | dict[str, Any]) -> str | None:
+def _base_model(config: TrainConfig, source: dict[str, Any]) -> str | None:
     """The Hub's name of the weights that training started from, or what else was named as the model."""
     if not config.pretrained:
         return None
@@ -79,12 +77,13 @@ def _data(config: TrainConfig, data: ImageData) -> DataRecord:
     "whole": what is measured on is that dataset's own split, not a part of it.
     """
     known = registered(config.dataset, config.data_dir)
-    same = known is not None and known.num_classes == len(data.class_names)
+    if known is not None and known.num_classes != len(data.class_names):
+        known = None
     if data.spec.local:
-        whole = same and known.source is None and data.held_out.size == known.val_size
+        whole = known is not None and known.source is None and data.held_out.size == known.val_size
     else:
         whole = config.val_fraction is None or data.test is not None
-    hub_id = data.spec.hub_id if same else data.spec.path if not data.spec.local else None
+    hub_id = data.spec.hub_id if known is not None else data.spec.path if not data.spec.local else None
     return DataRecord(
-        config.dataset if same else None, hub_id, data.spec.config, data.train.name, len(data.train), whole
+        config.dataset if known is not None else None, hub_id, data.spec.config, data.train.name, len(data.train), whole
     )

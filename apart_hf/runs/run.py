@@ -61,7 +61,7 @@ class Run:
     digest: str
     stop: StopRequest
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.history = History(self.config.eval_metric)
         self.is_left = True
 
@@ -158,7 +158,7 @@ class Run:
             ApartError: where the run is complete, but not pushed.
         """
         if self.is_left:
-            result = self.history.latest.evaluation if self.data.test is None else evaluate_test(self)
+            result = self.history.latest_evaluation if self.data.test is None else evaluate_test(self)
             self._end(result)
         if self.config.push_to_hub is not None and self.accelerator.is_main_process:
             self._push(self.config.push_to_hub)

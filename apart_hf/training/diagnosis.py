@@ -74,7 +74,7 @@ def training_state(
     if ema is not None:
         average = ema.module.state_dict()
         yield from ((f"the average of {name}", average[name]) for name, _ in network.named_parameters())
-    names = {p: name for name, p in network.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
     for p, values in optimizer.state.items():
         for key, value in values.items():
             if isinstance(value, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 
 K = 5
 
@@ -16,7 +17,7 @@ class TopKAccuracy(evaluate.Metric):
     rather than logits: what evaluate stores stays small.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
@@ -26,6 +27,6 @@ class TopKAccuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
         return {"top1": float(100.0 * hits[:, 0].mean()), "top5": float(100.0 * hits[:, :K].any(1).mean())}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Guard:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AcceleratedOptimizer,
         *,
         ema: ModelEmaV3 | None = None,
         skip: bool = False,

@@ -11,11 +11,12 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """Of every global generator, in types that torch reads without running code."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    kind, inner = numpy["bit_generator"], numpy["state"]
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
+        "numpy": [kind, inner["key"].tolist(), inner["pos"], numpy["has_gauss"], numpy["gauss"]],
     }
     return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 

@@ -64,7 +64,7 @@ class Trainer:
     val_interval: int = 1
     after_step: Callable[[], None] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.guard = Guard(self.accelerator, self.model, self.optimizer, ema=self.ema, skip=self.skip_nonfinite)
         self.progress = Progress(self.accelerator.device)
         self._random: dict[str, Any] | None = None  # to go on from within an epoch
