@@ -20,7 +20,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv3x3 twice, plus the input; where the width changes, a 1x1 convolution of the activated input."""
+    """Adds BN-ReLU-conv3x3, twice, to the input; where the width changes, to its 1x1 convolution after activation."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, drop_rate: float):
         super().__init__()
@@ -157,7 +157,7 @@ def num_classes(model: nn.Module) -> int:
 
 
 def is_registered_here(architecture: str) -> bool:
-    """Whether timm knows it only after `import apart_hf`."""
+    """Tell whether timm knows an architecture only after `import apart_hf`."""
     return architecture in default_cfgs
 
 
@@ -183,32 +183,32 @@ def _create(variant: str, pretrained: bool, widths: tuple[int, ...], **kwargs: A
 
 
 def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, **kwargs: Any) -> PreActResNet:
-    """WRN-depth-width: depth = 6 n + 4 with n blocks a stage."""
+    """Build WRN-depth-width: depth = 6 n + 4 with n blocks a stage."""
     widths = (16 * width, 32 * width, 64 * width)
     return _create(variant, pretrained, widths, blocks=(depth - 4) // 6, stem_width=16, **kwargs)
 
 
 @register_model
 def wide_resnet16_2(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """WRN-16-2: 703,284 parameters at 100 classes."""
+    """Build WRN-16-2: 703,284 parameters at 100 classes."""
     return _wide_resnet("wide_resnet16_2", pretrained, depth=16, width=2, **kwargs)
 
 
 @register_model
 def wide_resnet40_2(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """WRN-40-2: 2,255,156 parameters at 100 classes."""
+    """Build WRN-40-2: 2,255,156 parameters at 100 classes."""
     return _wide_resnet("wide_resnet40_2", pretrained, depth=40, width=2, **kwargs)
 
 
 @register_model
 def wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """WRN-28-10: 36,536,884 parameters at 100 classes."""
+    """Build WRN-28-10: 36,536,884 parameters at 100 classes."""
     return _wide_resnet("wide_resnet28_10", pretrained, depth=28, width=10, **kwargs)
 
 
 @register_model
 def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """PreAct-ResNet-18: 11,171,274 parameters at 10 classes."""
+    """Build PreAct-ResNet-18: 11,171,274 parameters at 10 classes."""
     return _create(
         "preact_resnet18",
         pretrained,

@@ -17,7 +17,7 @@ def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
 
 
 class _PerturbedBatchNorm(torch.autograd.Function):
-    """Eq. 3 by batch-norm kernels; see `perturbed_batch_norm` for the symbols.
+    """Compute Eq. 3 by batch-norm kernels; see `perturbed_batch_norm` for the symbols.
 
     With w = gamma (1 + delta_sigma), the output is w x_hat + beta - w delta_mu (mu/sigma). The last term is constant
     over a channel of a group, so neither pass of the backward touches an activation beyond what BN itself does.
@@ -76,7 +76,7 @@ def perturbed_batch_norm(
     sync: ProcessGroup | None = None,
     shifted: bool = True,
 ) -> Tensor:
-    r"""Batch normalisation with perturbed batch statistics (Eq. 3):
+    r"""Normalise a batch with perturbed batch statistics (Eq. 3):
 
         BN(x; delta_mu, delta_sigma) = gamma (1 + delta_sigma) * (x - (1 + delta_mu) mu) / sigma + beta
 
@@ -95,7 +95,8 @@ def perturbed_batch_norm(
         shifted: False promises that both deltas are zero, and saves work; their gradients are those of Eq. 3 at zero
             (Algorithm 1, lines 1-2).
 
-    Returns: a tensor of x's shape, dtype and memory format.
+    Returns:
+        A tensor of x's shape, dtype and memory format.
     """
     return _PerturbedBatchNorm.apply(
         x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, grouping, sync, shifted

@@ -27,7 +27,7 @@ def forward(
     grouping: Grouping,
     sync: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """weight * (x - mu)/sigma + bias - shift * mu/sigma, with mu and sigma of each group.
+    """Compute weight * (x - mu)/sigma + bias - shift * mu/sigma, with mu and sigma of each group.
 
     Args:
         x: (N * rows, C, ...).
@@ -35,7 +35,8 @@ def forward(
         buffers: running (mean, var) to update, with one group; None: leave no trace.
         sync: processes whose batches share their statistics, as in SyncBatchNorm.
 
-    Returns: output like x; mu and 1/sigma, (groups * C,) each; with `sync` the number of values behind them, else None.
+    Returns:
+        The output, like x; mu and 1/sigma, (groups * C,) each; with `sync` the number of values behind them, else None.
     """
     if sync is not None or _composes_forward(x, grouping):
         return _composed_forward(x, weight, bias, shift, buffers, momentum, eps, grouping, sync)
@@ -67,7 +68,7 @@ def backward(
     sync: dist.ProcessGroup | None,
     needs_grad_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients for x, and for weight and bias of each group, (groups, C) each."""
+    """Compute the gradients for x, and for weight and bias of each group, (groups, C) each."""
     if sync is not None or _composes_backward(x, grouping):
         grad_x, grad_w, grad_b = _composed_backward(
             grad_out, x, weight, mu, inv_sigma, count, grouping, sync, needs_grad_x
@@ -91,7 +92,7 @@ def backward(
 
 
 def _has_fast_statistics(x: Tensor, weight: Tensor) -> bool:
-    """`torch.batch_norm_update_stats` is for real CPU tensors of one dtype (no kernel for meta or fake ones)."""
+    """Tell whether `torch.batch_norm_update_stats` takes x: a real CPU tensor of the weights' dtype, not a fake one."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
@@ -106,12 +107,12 @@ def _single_dtype(x: Tensor) -> bool:
 
 
 def _composes_forward(x: Tensor, grouping: Grouping) -> bool:
-    """Blocks in place, which the framework's kernels would have to copy."""
+    """Tell whether to compute blocks in place, which the framework's kernels would have to copy."""
     return grouping.blocks and grouping.groups > 1 and channels_innermost(x) and _single_dtype(x)
 
 
 def _composes_backward(x: Tensor, grouping: Grouping) -> bool:
-    """Whether to compute without the framework's kernels: also for one group where channels lie innermost.
+    """Tell whether to compute without the framework's kernels: also for one group where channels lie innermost.
 
     The framework's CPU kernel adds up a channel naively there, which would lift the noise around structural zeros of
     g_delta (see `strategies.bn_perturbations.DEAD_ZONE`) by a factor of 2 to 4.
@@ -121,7 +122,7 @@ def _composes_backward(x: Tensor, grouping: Grouping) -> bool:
 
 
 def _statistics(v: Tensor, layout: Layout, weight: Tensor) -> MeanAndVariance:
-    """Mean and biased variance of each group, (groups * C,) each."""
+    """Compute mean and biased variance of each group, (groups * C,) each."""
     if not _has_fast_statistics(v, weight):
         var, mu = torch.var_mean(v, layout.dims, correction=0)
     elif layout.innermost:
@@ -195,7 +196,7 @@ def _composed_backward(
 
 
 def _over_processes(mu: Tensor, var: Tensor, count: int, sync: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values of the batches of all processes together."""
+    """Compute mean, biased variance and number of values of the batches of all processes together."""
     mine = torch.stack([mu, var, torch.full_like(mu, count)])
     each = [torch.empty_like(mine) for _ in range(dist.get_world_size(sync))]
     dist.all_gather(each, mine, group=sync)

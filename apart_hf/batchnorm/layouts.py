@@ -44,7 +44,7 @@ def fold_groups(x: Tensor, grouping: Grouping) -> Tensor:
 
 
 def unfold_groups(x: Tensor, like: Tensor, grouping: Grouping) -> Tensor:
-    """The inverse of `fold_groups`, in the memory format of `like`."""
+    """Undo `fold_groups`, in the memory format of `like`."""
     groups, rows, blocks = grouping
     if groups == 1:
         return x
@@ -65,7 +65,7 @@ def channels_innermost(x: Tensor) -> bool:
 
 
 class Layout:
-    """x as a tensor `view` of it in which each group's statistics are sums over `dims`, and the way back."""
+    """Views a batch as a tensor in which each group's statistics are sums over `dims`, and leads back."""
 
     def __init__(self, x: Tensor, grouping: Grouping):
         self.grouping, groups = grouping, grouping.groups

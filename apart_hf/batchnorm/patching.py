@@ -37,9 +37,10 @@ _EPILOGUES: dict[Callable[..., Tensor], Callable[[Any, Tensor], Tensor]] = {
 
 
 def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BN layers of `model` by name.
+    """Find the BN layers of `model` by name.
 
-    Raises: ApartError where there is none, or one whose forward is not known to be BN followed by an activation.
+    Raises:
+        ApartError: where there is none, or one whose forward is not known to be BN followed by an activation.
     """
     layers = {}
     for name, layer in model.named_modules():
@@ -60,14 +61,14 @@ def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _shown(name: str) -> str:
-    """A layer's name for a message, without the prefixes of DDP and torch.compile."""
+    """Write a layer's name for a message, without the prefixes of DDP and torch.compile."""
     while name.startswith(("module.", "_orig_mod.")):
         name = name.split(".", 1)[1]
     return repr(name)
 
 
 def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None, float]:
-    """The buffers to update and their momentum, `num_batches_tracked` counted, as in `_BatchNorm.forward`."""
+    """Return the buffers to update and their momentum, and count the batch, as `_BatchNorm.forward` does."""
     momentum = 0.0 if layer.momentum is None else layer.momentum
     if layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
@@ -79,7 +80,7 @@ def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None
 
 
 def _synchronised(layer: _BatchNorm) -> ProcessGroup | None:
-    """The processes that a SyncBatchNorm shares its statistics with; None: it works alone."""
+    """Return the processes that a SyncBatchNorm shares its statistics with; None: it works alone."""
     if not isinstance(layer, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
         return None
     group = layer.process_group or dist.group.WORLD
@@ -157,7 +158,7 @@ def replaced_forwards(
     perturbed: bool,
     activation_eps: Tensor | None = None,
 ) -> Iterator[None]:
-    """Within the block, each layer computes `perturbed_batch_norm` with its (delta_mu, delta_sigma) from `deltas`.
+    """Let each layer compute `perturbed_batch_norm` with its (delta_mu, delta_sigma) from `deltas`, within the block.
 
     perturbed=False is the clean pass: deltas must be zero, running statistics are updated. perturbed=True is the
     second pass: `groups` and `blocks` (see `Grouping`) apply, running statistics are left alone. The block must span
@@ -165,7 +166,8 @@ def replaced_forwards(
     layer's `__dict__` is what it was. `activation_eps`, a scalar, is set to the machine epsilon of float16 or bfloat16
     where a layer sees such activations.
 
-    Raises: ApartError where a layer's forward is replaced already.
+    Raises:
+        ApartError: where a layer's forward is replaced already.
     """
     for name, layer in layers.items():
         if "forward" in layer.__dict__:
@@ -211,7 +213,7 @@ def kept_buffers(buffers: Iterable[tuple[Tensor, int]]) -> Iterator[None]:
 
 @contextmanager
 def untracked_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Within the block, layers in training mode normalise by their batch and leave their running statistics alone."""
+    """Let layers in training mode normalise by their batch and keep their running statistics, within the block."""
     before = [(layer, layer.track_running_stats) for layer in layers]
     try:
         for layer, _ in before:

@@ -16,7 +16,7 @@ from apart_hf.errors import ApartError
 
 
 def _column(data: Dataset, named: str | None, flag: str, kind: str, found: list[str], fit: list[str], make: str) -> str:
-    """The column that is named, or else the first that is found.
+    """Choose the column that is named, or else the first that is found.
 
     Args:
         found: columns that are taken unnamed.

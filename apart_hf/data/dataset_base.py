@@ -11,7 +11,7 @@ import torch
 
 
 class EpochDataset:
-    """The epoch's number, in memory that loader processes, if any, share; subclasses count images passed over in it.
+    """Holds the epoch's number in memory that loader processes share; subclasses count the images passed over in it.
 
     Args:
         workers: loader processes.
@@ -27,24 +27,24 @@ class EpochDataset:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's loader: another epoch draws otherwise."""
+        """Set the epoch, as Accelerate's loader does: another one draws otherwise."""
         self._epoch.fill_(epoch)
 
     def skipped_rows(self) -> list[int]:
-        """What a checkpoint within an epoch keeps of the count: nothing, where going on reads it from its start."""
+        """Return what a checkpoint within an epoch keeps of the count; nothing, where the epoch is read again."""
         return []
 
     def mark_skipped(self, rows: list[int]) -> None:
-        """The reverse of `skipped_rows`."""
+        """Take in what `skipped_rows` returned."""
 
     def take_skipped(self) -> int:
-        """Images passed over since the last call."""
+        """Count the images passed over since the last call."""
         raise NotImplementedError
 
 
 @contextlib.contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Within, the global generators of torch (CPU), numpy and Python start from `entropy`; then they go on as before.
+    """Start the global generators of torch (CPU), numpy and Python from `entropy`, for the length of the block.
 
     timm's and torchvision's transforms draw from all three.
     """

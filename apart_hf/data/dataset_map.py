@@ -18,7 +18,7 @@ _BLACK = PIL.new("RGB", (64, 64))
 
 
 class TransformedImages(EpochDataset, torch.utils.data.Dataset):
-    """(image tensor (3, H, W), class index) of a split, map-style.
+    """Gives (image tensor (3, H, W), class index) of each row of a split, by its position.
 
     What a training transform draws depends on (seed, epoch, the batch's own indices) alone, so that any batch can be
     drawn again, by any number of loader processes.
@@ -53,15 +53,15 @@ class TransformedImages(EpochDataset, torch.utils.data.Dataset):
         return len(self.split)
 
     def skipped_rows(self) -> list[int]:
-        """Positions of the rows that were passed over since the last `take_skipped`."""
+        """List the positions of the rows that were passed over since the last `take_skipped`."""
         return self._bad.nonzero().flatten().tolist()
 
     def mark_skipped(self, rows: list[int]) -> None:
-        """These were passed over as well."""
+        """Count these rows as passed over, too."""
         self._bad[rows] = True
 
     def take_skipped(self) -> int:
-        """Rows passed over since the last call."""
+        """Count the rows passed over since the last call."""
         count = int(self._bad.sum())
         self._bad.zero_()
         return count
@@ -70,7 +70,7 @@ class TransformedImages(EpochDataset, torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        """What a DataLoader asks for a whole batch."""
+        """Return the samples of a whole batch, as a DataLoader asks for it."""
         cells = self.split.cells(indices)
         if not self.training:
             return [self._sample(index, *cell) for index, cell in zip(indices, cells)]

@@ -24,12 +24,12 @@ class OtherSize(ApartError):
 
 
 def fits_in_memory(images: int, edge: int, padding: int) -> bool:
-    """Whether so many images of edge x edge pixels, padded, take no more than `LARGEST`."""
+    """Tell whether so many images of edge x edge pixels, padded, take no more than `LARGEST`."""
     return 4 * images * (edge + 2 * padding) ** 2 <= LARGEST
 
 
 def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | None = None) -> tuple[Tensor, Tensor]:
-    """Every image as RGB, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero; and which were decoded, (N,) bool.
+    """Decode every image of a split, all of one size.
 
     Args:
         split: not a stream.
@@ -37,7 +37,11 @@ def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | N
         skip_bad: leave what cannot be decoded black.
         progress: title of a progress bar; None: no bar.
 
-    Raises: ApartError naming the first image that has another size or, unless `skip_bad`, cannot be decoded.
+    Returns:
+        RGB images, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero; and which were decoded, (N,) bool.
+
+    Raises:
+        ApartError: naming the first image that has another size or, unless `skip_bad`, cannot be decoded.
     """
     decoded = torch.zeros(len(split), edge, edge, 4, dtype=torch.uint8)
     good = torch.ones(len(split), dtype=torch.bool)
@@ -68,7 +72,7 @@ def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | N
 
 
 class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
-    """Batches of (images (B, 3, H, W) float32, class indices (B,)) from decoded images.
+    """Makes batches of (images (B, 3, H, W) float32, class indices (B,)) from decoded images.
 
     Training images are padded with black, cropped at random and flipped: torchvision's `RandomCrop(size, padding)`,
     `RandomHorizontalFlip`, `ToTensor` and `Normalize` with all their probabilities, but for a batch at once. What is
@@ -115,7 +119,7 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         return len(self.labels)
 
     def take_skipped(self) -> int:
-        """Images passed over: those of every epoch."""
+        """Count the images passed over: they are the same in every epoch."""
         return self._left_out
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,7 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         return images.div_(255).sub_(self.mean).div_(self.std), self.labels[rows]
 
     def _augmented(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
-        """Crops (B, H, W) of the padded images, half of them flipped."""
+        """Crop the padded images, (B, H, W), and flip half of them."""
         corners = torch.from_numpy(rng.integers(2 * self.padding + 1, size=(2, len(rows), 1)))
         flipped = torch.from_numpy(rng.integers(2 if self.flip else 1, size=(len(rows), 1)))
         top, left = corners.to(rows.device)

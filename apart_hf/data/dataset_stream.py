@@ -22,7 +22,7 @@ _BLACK = PIL.new("RGB", (64, 64))
 
 
 class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
-    """(image tensor (3, H, W), class index) of one process's share of a stream, shared out to its loader processes.
+    """Gives (image tensor (3, H, W), class index) of one process's share of a stream, which its loader processes split.
 
     In training an epoch has a fixed number of batches on every process, all of them full: shards are shuffled, then
     images through a buffer, by (seed, epoch), and a process that runs out goes over its share again. In evaluation
@@ -64,13 +64,13 @@ class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
         self.skip_bad = skip_bad
 
     def __len__(self) -> int:
-        """Images of an epoch on this process; of training alone."""
+        """Count the images of an epoch on this process; of training alone."""
         if self.batches is None:
             raise TypeError("the number of images of an evaluation stream is not known")
         return self.batches * self.batch_size
 
     def take_skipped(self) -> int:
-        """Images passed over since the last call."""
+        """Count the images passed over since the last call."""
         count = int(self._skipped.sum())
         self._skipped.zero_()
         return count
@@ -86,7 +86,7 @@ class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
             yield from itertools.islice(samples, share * self.batch_size)
 
     def _pass(self, again: int) -> IterableDataset:
-        """This process's share, for the first time in this epoch or once more, in another order.
+        """Open this process's share, for the first time in this epoch or once more, in another order.
 
         Not by the stream's own `set_epoch`: that is shared by all loader processes, which need not be in the same pass.
         """
@@ -131,7 +131,7 @@ class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
                 )
 
     def _place(self, position: int, encoded: dict | None, worker: int) -> str:
-        """Where an image is, for messages: its index where the stream comes in order, else how many were read."""
+        """Say where an image is: its index where the stream comes in order, else how many were read."""
         if self.batches is None and self.processes == 1 and get_worker_info() is None:
             return self.split.place(position - 1)
         path = (encoded or {}).get("path")

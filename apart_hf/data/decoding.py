@@ -35,7 +35,7 @@ class BadImage(ValueError):
 
 
 def rgb(encoded: dict[str, Any] | None) -> PIL.Image:
-    """The image of a cell of an undecoded image column; grey (also of 16 bits), palette, CMYK and alpha become RGB.
+    """Decode a cell of an image column; grey (also of 16 bits), palette, CMYK and alpha become RGB.
 
     Raises: BadImage. A file that cannot be read for other reasons (too many open files, a device that fails) raises
         the OSError that it is.
@@ -61,5 +61,5 @@ def _start(content: bytes) -> str:
 
 
 def bad_image(place: str, error: Exception) -> OneProcessError:
-    """What to say of the image at `place`, for instance "image 3 of split 'train'"."""
+    """Make the error for the image at `place`, for instance "image 3 of split 'train'"."""
     return OneProcessError(f"{place} cannot be decoded ({error}); replace it, or pass over such: --on-bad-image skip.")

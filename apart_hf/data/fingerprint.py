@@ -13,7 +13,7 @@ _IMAGES = 1000  # of a split; all would take hours of ImageNet
 
 
 def fingerprint(data: ImageData) -> str:
-    """Hash of every label and of the pixels of up to 1,000 evenly spaced images of both splits; not of streams."""
+    """Hash every label and the pixels of up to 1,000 evenly spaced images of both splits; not of streams."""
     found = hashlib.sha256()
     for split in (data.train, data.held_out):
         found.update(split.labels().astype("<i8").tobytes())
@@ -26,7 +26,7 @@ def fingerprint(data: ImageData) -> str:
 
 
 def data_digest(data: ImageData) -> str:
-    """Which images a run is of, as far as labels and numbers of them tell without reading any."""
+    """Hash which images a run is of, as far as labels and numbers of them tell without reading any."""
     found = hashlib.sha256(repr(data.class_names).encode())
     for split in (data.train, data.val, data.test):
         if split is not None:

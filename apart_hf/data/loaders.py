@@ -35,7 +35,8 @@ class Loaders:
         settings: how.
         accelerator: places batches on its device.
 
-    Raises: ApartError where "memory" is asked for and cannot be had, or the data have less than one step.
+    Raises:
+        ApartError: where "memory" is asked for and cannot be had, or the data have less than one step.
     """
 
     def __init__(self, data: ImageData, settings: LoaderSettings, accelerator: Accelerator):
@@ -48,7 +49,7 @@ class Loaders:
         self._check_size(len(data.train), "")
 
     def train(self) -> DataLoaderShard:
-        """Shuffled, augmented batches of (images, class indices)."""
+        """Make shuffled, augmented batches of (images, class indices)."""
         if self.data.train.streamed:
             return self._stream(self.data.train, training=True)
         dataset = self._dataset(self.data.train, training=True)
@@ -60,7 +61,7 @@ class Loaders:
         return self.accelerator.prepare(loader)
 
     def evaluation(self, split: Split) -> DataLoaderShard:
-        """Plain batches of this process's share of a split, in its order."""
+        """Make plain batches of this process's share of a split, in its order."""
         if split.streamed:
             return self._stream(split, training=False)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -84,7 +85,7 @@ class Loaders:
         return self.data.spec.padding if self.settings.padding is None else self.settings.padding
 
     def _no_memory(self) -> str | None:
-        """Why the images cannot be kept in memory; None: they can."""
+        """Say why the images cannot be kept in memory; None: they can."""
         if self.data.train.streamed:
             return "a stream is not kept"
         edge, images = self.settings.images["input_size"][-1], len(self.data.train) + len(self.data.val)

@@ -20,7 +20,7 @@ VAL_NAMES = ("validation", "valid", "val", "eval", "test")
 
 @dataclass(frozen=True)
 class ImageData:
-    """The splits of an image classification dataset.
+    """Holds the splits of an image classification dataset.
 
     Args:
         train: what is trained on.
@@ -40,7 +40,7 @@ class ImageData:
 
     @property
     def held_out(self) -> Split:
-        """The split that final results are of."""
+        """Return the split that final results are of."""
         return self.val if self.test is None else self.test
 
 
@@ -51,7 +51,11 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
     them. Splits and columns that are not named are found: the split called train, the one called validation, valid, val
     or test, the first Image column and the first ClassLabel (else integer `label`) column.
 
-    Raises: ApartError naming what exists where something does not, and the first bad label.
+    Returns:
+        The splits, with labels that are checked.
+
+    Raises:
+        ApartError: naming what exists where something does not, and the first bad label.
     """
     settings = settings or DataSettings()
     spec = _as_named(find_dataset(settings.dataset, settings.data_dir), settings.named)
@@ -87,7 +91,7 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
 
 
 def _as_named(spec: DatasetSpec, given: dict[str, str]) -> DatasetSpec:
-    """The spec with the splits and columns that the user names."""
+    """Put in the splits and columns that the user names."""
     return replace(
         spec,
         train_split=given.get("train_split", spec.train_split),
@@ -98,7 +102,7 @@ def _as_named(spec: DatasetSpec, given: dict[str, str]) -> DatasetSpec:
 
 
 def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str, str]) -> DatasetSpec:
-    """The spec without the registered names that a folder does not use, so that its own are found."""
+    """Drop the registered names that a folder does not use, so that its own are found."""
     columns = {key for data in splits.values() for key in data.features}
     there = replace(
         spec,
@@ -123,7 +127,7 @@ def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], 
 def _checked(
     data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec, names: list[str], settings: DataSettings
 ) -> Split:
-    """The split called `name` with its labels in the order of `names`, each of them checked."""
+    """Make the split called `name`, check its labels and put them in the order of `names`."""
     for key, flag in zip(columns, ("--input-key", "--target-key")):
         if key not in data.features:
             raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
@@ -152,7 +156,7 @@ def _checked(
 
 
 def _stream_size(split: Split, spec: DatasetSpec, settings: DataSettings) -> int | None:
-    """Rows of a stream: as given, as its dataset says, as registered, or counted in a folder."""
+    """Count the rows of a stream: as given, as its dataset says, as registered, or by reading a folder."""
     is_train = split.name == spec.train_split
     if is_train and settings.train_num_samples is not None:
         return settings.train_num_samples

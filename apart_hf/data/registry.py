@@ -14,7 +14,7 @@ DEMO_DIR = Path(__file__).parent / "demo"
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset. What is None is found from the data or taken from the model.
+    """Describes one dataset. What is None is found from the data or taken from the model.
 
     Args:
         path: Hub id, or where `local`, a folder.
@@ -49,7 +49,7 @@ class DatasetSpec:
 
     @property
     def hub_id(self) -> str | None:
-        """Where the Hub has these images."""
+        """Return the Hub's name of the dataset that these images are from."""
         return self.source if self.local else self.path
 
 
@@ -113,14 +113,15 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def registered(name: str, folder: str | None = None) -> DatasetSpec | None:
-    """The registered dataset that a name stands for; beside a folder "demo", the default, stands for none."""
+    """Return the registered dataset that a name stands for; beside a folder "demo", the default, stands for none."""
     return None if folder is not None and name == "demo" else DATASETS.get(name)
 
 
 def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
-    """The spec of a registered name, or of a Hub id (`user/name`); or of `folder`, under that name.
+    """Return the spec of a registered name, or of a Hub id (`user/name`); or of `folder`, under that name.
 
-    Raises: ApartError for an unknown name.
+    Raises:
+        ApartError: for an unknown name.
     """
     known = registered(name, folder)
     if known is not None:

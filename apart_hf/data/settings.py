@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to load, and which part of it for what.
+    """Says what to load, and which part of it for what.
 
     Args:
         dataset: a registered name or a Hub id.
@@ -43,7 +43,7 @@ class DataSettings:
 
     @property
     def named(self) -> dict[str, str]:
-        """Names that were given."""
+        """Return the names of splits and columns that were given."""
         names = {key: getattr(self, key) for key in ("train_split", "val_split", "input_key", "target_key")}
         return {key: name for key, name in names.items() if name is not None}
 
@@ -54,7 +54,7 @@ OnBadImage = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How batches are made.
+    """Says how batches are made.
 
     Args:
         images: timm's description of the images, see `data_config`.

@@ -16,11 +16,12 @@ from apart_hf.utils.hub_client import offline_if_unreachable, transport_errors
 
 
 def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """Every split of a Hub dataset or a folder (parquet files, image folders, or save_to_disk).
+    """Open every split of a Hub dataset or a folder (parquet files, image folders, or save_to_disk).
 
     Where the Hub cannot be reached, what is in the cache is used at once, and what is not is an error within seconds.
 
-    Raises: ApartError.
+    Raises:
+        ApartError: where that fails, with the reason and the cure.
     """
     folder, offline = Path(spec.path), ""
     if spec.local and not os.path.isdir(folder):  # False for a name that no file can have
@@ -48,7 +49,7 @@ def open_splits(spec: DatasetSpec, streaming: bool = False) -> DatasetDict | Ite
 
 
 def _explained(error: Exception, spec: DatasetSpec, offline: str) -> str:
-    """Reason and cure in one line, of a message that is often a page long."""
+    """Write reason and cure in one line, of a message that is often a page long."""
     reason = first_line(error)
     if "generating the dataset" in reason and error.__cause__ is not None:
         reason = first_line(error.__cause__)

@@ -15,7 +15,7 @@ from apart_hf.errors import ApartError, OneProcessError, first_line
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of (encoded image, class index).
+    """Gives rows of (encoded image, class index).
 
     Args:
         data: with at least these two columns; images are left encoded.
@@ -52,13 +52,14 @@ class Split:
         return isinstance(self.data, IterableDataset)
 
     def place(self, index: int) -> str:
-        """Where an image is, for messages."""
+        """Say where an image is, for messages."""
         return f"image {index if self.rows is None else self.rows[index]} of split {self.name!r}"
 
     def labels(self) -> np.ndarray:
-        """The class indices (size,); not of a stream. Reads no image.
+        """Return the class indices (size,); not of a stream. No image is read.
 
-        Raises: ApartError where one is missing.
+        Raises:
+            ApartError: where one is missing.
         """
         column = self.data.select_columns([self.target_key]).with_format("arrow")[:][self.target_key]
         if column.null_count:
@@ -68,15 +69,16 @@ class Split:
         return found if self.relabel is None else self.relabel[found]
 
     def cells(self, indices: list[int]) -> list[tuple[dict[str, Any] | None, int]]:
-        """(encoded image, class index) of rows; not of a stream. One look-up is several times faster than one a row."""
+        """Return (encoded image, class index) of rows, by one fast look-up for all; not of a stream."""
         rows = self.data[indices]
         labels = rows[self.target_key]
         return list(zip(rows[self.input_key], labels if self.relabel is None else self.relabel[labels].tolist()))
 
     def read(self, order: IterableDataset | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of a stream, in the order of another stream of the same rows, or in their own.
+        """Read the rows of a stream, in the order of another stream of the same rows, or in their own.
 
-        Raises: OneProcessError where files are damaged or out of reach.
+        Raises:
+            OneProcessError: where files are damaged or out of reach.
         """
         rows = 0
         try:
@@ -91,14 +93,15 @@ class Split:
             ) from error
 
     def part(self, indices: np.ndarray) -> Split:
-        """These rows alone."""
+        """Return these rows alone."""
         rows = indices if self.rows is None else self.rows[indices]
         return replace(self, data=self.data.select(indices), size=len(indices), rows=rows)
 
     def image_size(self, skip_bad: bool) -> tuple[int, int]:
-        """(width, height) in pixels of the first image that can be decoded.
+        """Return (width, height) in pixels of the first image that can be decoded.
 
-        Raises: ApartError where that is not the first one, unless `skip_bad`.
+        Raises:
+            ApartError: where that is not the first one, unless `skip_bad`.
         """
         cells = self.read() if self.streamed else (self.data[i] for i in range(len(self)))
         for index, cell in enumerate(cells):
@@ -111,11 +114,12 @@ class Split:
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (rest, part), each in order: a share of every class, drawn by `seed`.
+    """Draw a share of every class by `seed`: positions (rest, part), each in order.
 
     The part has round(fraction * all) rows; classes whose share is no whole number are rounded so that this holds.
 
-    Raises: ApartError where a class has no row in one of the two.
+    Raises:
+        ApartError: where a class has no row in one of the two.
     """
     classes, counts = np.unique(labels, return_counts=True)
     shares = fraction * counts

@@ -27,7 +27,7 @@ def data_config(
     interpolation: str | None = None,
     crop_pct: float | None = None,
 ) -> dict[str, Any]:
-    """timm's description of the evaluation images: input_size, interpolation, mean, std, crop_pct, crop_mode.
+    """Make timm's description of the evaluation images: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
     Args:
         pretrained_cfg: the model's.
@@ -57,7 +57,7 @@ def train_transform(
     reprob: float = 0.0,
     interpolation: str | None = None,
 ) -> Callable[[Image], Tensor]:
-    """Small images: pad, crop at random, flip (the paper's CIFAR setting). Others: RandomResizedCrop and flip.
+    """Pad, crop at random and flip small images (the paper's CIFAR setting); resize, crop and flip others as timm does.
 
     Args:
         config: timm's description of the images, see `data_config`.
@@ -66,7 +66,8 @@ def train_transform(
         aa, color_jitter, reprob: timm's automatic augmentation, colour jitter and random erasing, after that.
         interpolation: where images are resized, "random" in turn; None: that of `config`.
 
-    Raises: ApartError for a policy that timm does not know.
+    Raises:
+        ApartError: for a policy that timm does not know.
     """
     size = config["input_size"][-1]
     if aa is not None and not _POLICY.fullmatch(aa):  # timm passes over what it cannot read
@@ -96,6 +97,6 @@ def train_transform(
 
 
 def eval_transform(config: dict[str, Any]) -> Callable[[Image], Tensor]:
-    """What `timm.data.create_transform` makes of the exported config."""
+    """Make the transform that `timm.data.create_transform` makes of the exported config."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_transform(**{key: config[key] for key in keys}, is_training=False)

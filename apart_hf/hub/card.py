@@ -19,14 +19,15 @@ FIRST, LAST = "<!-- apart_hf: from here -->", "<!-- apart_hf: to here -->"
 
 
 def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> ModelCard:
-    """The card of a run or of a folder in timm's form.
+    """Make the card of a run or of a folder in timm's form.
 
     Args:
         folder: metrics.jsonl and plots/training.png in it are used where they are.
         repo_id: the name it gets on the Hub, user/name.
         previous: the text of an earlier card; what was not written by us is kept.
 
-    Raises: ApartError where the folder cannot be read.
+    Raises:
+        ApartError: where the folder cannot be read.
     """
     model = Exported.read(folder)
     training, method = model.training, model.training.method or ""
@@ -62,7 +63,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
 
 
 def _validate(model: Exported) -> str | None:
-    """Arguments that measure the claim again; None: its images are a part that no name stands for."""
+    """Write the arguments that measure the claim again; None: its images are a part that no name stands for."""
     data, results = model.data, model.results
     if not results or " " in results.split:
         return None
@@ -116,7 +117,7 @@ def _summary(model: Exported) -> str:
 
 
 def _settings(training: TrainingRecord) -> dict[str, str]:
-    """Every setting that is in use, as text."""
+    """List every setting that is in use, as text."""
     if training.method is None:
         return {}
     hyper = METHODS[training.method].hyper_parameters() if training.method in METHODS else ()
@@ -130,9 +131,10 @@ def _settings(training: TrainingRecord) -> dict[str, str]:
 
 
 def comparison(folder: Path, other_folder: Path) -> dict[str, Any]:
-    """What the record of `folder` keeps of another run of the same network and data.
+    """Make what the record of `folder` keeps of another run of the same network and data.
 
-    Raises: ApartError where a folder cannot be read, or the two cannot be compared.
+    Raises:
+        ApartError: where a folder cannot be read, or the two cannot be compared.
     """
     model, other = Exported.read(folder), Exported.read(other_folder)
     if not (model.results and other.results):
@@ -158,7 +160,7 @@ def _row(model: Exported, results: Claim) -> dict[str, Any]:
 
 
 def _merged(card: ModelCard, previous: str) -> ModelCard:
-    """`card` with the hand-written parts of an earlier card: its text outside our marks, and further metadata."""
+    """Add the hand-written parts of an earlier card: its text outside our marks, and further metadata."""
     try:
         old = ModelCard(previous, ignore_metadata_errors=True)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:

@@ -48,7 +48,8 @@ def export_folder(
         apart: what to record of the training, under the key "apart"; the checksum of the weights joins it.
         license: of these weights, as the Hub spells it.
 
-    Raises: ApartError, before anything is written, where config.json would not give this model again.
+    Raises:
+        ApartError: before anything is written, where config.json would not give this model again.
     """
     folder = Path(folder)
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
@@ -79,7 +80,7 @@ def copy_folder(source: Path, folder: Path) -> None:
 
 
 def _cleared(folder: Path) -> Path:
-    """Where a folder is written before it takes its place; what an earlier attempt left there is gone."""
+    """Return where a folder is written before it takes its place, cleared of what an earlier attempt left there."""
     for suffix in ("new", "old"):
         shutil.rmtree(folder.with_name(f".{folder.name}.{suffix}"), ignore_errors=True)
     return folder.with_name(f".{folder.name}.new")
@@ -94,7 +95,7 @@ def _replace(folder: Path) -> None:
 
 
 def probe(input_size: tuple[int, int, int]) -> torch.Tensor:
-    """Two images of noise (2, C, H, W), always the same, by which two copies of a model are compared."""
+    """Make two images of noise (2, C, H, W), always the same, by which two copies of a model are compared."""
     return torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -143,7 +144,7 @@ def _not_expressible(name: str, what: str) -> ApartError:
 
 
 def _shared_tensor(model: nn.Module) -> str | None:
-    """The name of a tensor that is in the state_dict under an earlier name too."""
+    """Name a tensor that is in the state_dict under an earlier name too."""
     seen = set()
     for name, tensor in model.state_dict().items():
         if tensor.numel() and tensor.data_ptr() in seen:
@@ -153,7 +154,7 @@ def _shared_tensor(model: nn.Module) -> str | None:
 
 
 def _outputs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """Each layer's output for the probe, by name, in the order in which they finish."""
+    """Return each layer's output for the probe, by name, in the order in which they finish."""
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:

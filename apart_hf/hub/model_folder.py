@@ -24,7 +24,7 @@ def update_record(folder: Path, **entries: Any) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder in timm's form; its "apart" block, if any, is a dict.
+    """Read config.json of a folder in timm's form; its "apart" block, if any, is a dict.
 
     Raises: ApartError where it is not there or not of that form.
     """
@@ -54,7 +54,7 @@ def check_intact(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Exported:
-    """What a run, or a folder in timm's form, says of its model.
+    """Holds what a run, or a folder in timm's form, says of its model.
 
     Args:
         config: of config.json.
@@ -94,11 +94,11 @@ class Exported:
 
 
 def weights_folder(folder: Path) -> Path:
-    """Of a run, the weights of the last epoch; else the folder itself."""
+    """Return the folder of the weights: of a run those of the last epoch, else the folder itself."""
     return folder / "last" if (folder / "last").is_dir() else folder
 
 
 def model_cards_folder() -> Path:
-    """Where the template and the released models are: in an installed package, or in a checkout."""
+    """Return where the template and the released models are: in an installed package, or in a checkout."""
     inside = Path(__file__).parents[1] / "model_cards"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "model_cards"

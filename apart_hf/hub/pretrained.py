@@ -71,13 +71,14 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
 
 
 def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = False) -> Path:
-    """The local folder of a model, fetched from the Hub where `name` is neither a released model nor a folder.
+    """Find the local folder of a model, fetched from the Hub where `name` is neither a released model nor a folder.
 
     Args:
         name, revision: see `load_pretrained`.
         afresh: fetch again what the cache holds.
 
-    Raises: ApartError where there is none.
+    Raises:
+        ApartError: where there is none.
     """
     released = model_cards_folder() / name
     if name in list_pretrained():

@@ -79,9 +79,10 @@ def push(folder: Path, repo_id: str, options: PushOptions | None = None) -> str:
 
 
 def check_access(repo_id: str) -> HfApi:
-    """A client whose token the Hub accepts.
+    """Make a client whose token the Hub accepts.
 
-    Raises: ApartError for a name that the Hub does not take, and where there is no token, or a bad one.
+    Raises:
+        ApartError: for a name that the Hub does not take, and where there is no token, or a bad one.
     """
     check_repo_id(repo_id)
     if get_token() is None:
@@ -110,7 +111,7 @@ def _validate(card: ModelCard) -> None:
 
 
 def _commit(api: HfApi, staged: Path, repo_id: str, options: PushOptions) -> str:
-    """One commit; where its answer is lost, the repository is asked whether it arrived before it is sent again."""
+    """Send one commit; where its answer is lost, the repository is asked whether it arrived before it is sent again."""
     files = published_files(staged)
     head = attempt(lambda: api.model_info(repo_id, revision=options.revision).sha, repo_id)
     config = read_config(staged)

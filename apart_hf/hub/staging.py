@@ -34,7 +34,7 @@ PUBLISHED = (WEIGHTS, CONFIG, CARD, "metrics.jsonl", "compared_with.jsonl", "tes
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How a folder is pushed.
+    """Says how a folder is pushed.
 
     Args:
         private: of a repository that is made.
@@ -54,8 +54,7 @@ class PushOptions:
 
 
 def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), previous: str | None = None) -> Path:
-    """Gather what is published, with its card, and return its folder: a run's own "hub", or `folder` itself, whose card
-    (and, by `options.license`, config.json) is then replaced.
+    """Gather what is published, with its card.
 
     Args:
         folder: a run's output, or a folder in timm's form.
@@ -63,8 +62,13 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
         options: what the card shows.
         previous: the card that is there already; its hand-written parts are kept.
 
-    Raises: ApartError where the folder, its weights or an earlier card cannot be read, the weights are not those of
-        their record, or the run to compare with is of another network.
+    Returns:
+        The folder of what is published: a run's own "hub", or `folder` itself, whose card (and, by `options.license`,
+        config.json) is then replaced.
+
+    Raises:
+        ApartError: where the folder, its weights or an earlier card cannot be read, the weights are not those of their
+            record, or the run to compare with is of another network.
     """
     Exported.read(folder)
     weights = weights_folder(folder)
@@ -92,14 +96,15 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
 
 
 def published_files(staged: Path) -> list[str]:
-    """Names of what goes up, and nothing else of the folder."""
+    """Name what goes up, and nothing else of the folder."""
     return [name for name in PUBLISHED if (staged / name).is_file()]
 
 
 def verify(staged: Path) -> None:
     """Load the folder by timm in a fresh process and compare the logits with those of this process, and the checksum.
 
-    Raises: ApartError where they differ or the folder does not load.
+    Raises:
+        ApartError: where they differ or the folder does not load.
     """
     model, _ = load_pretrained(str(staged))  # compares the checksum
     config = read_config(staged)

@@ -23,7 +23,7 @@ DEAD_ZONE_IN_16_BITS = 0.25  # of the dtype's eps
 
 
 class GroupStatistics(Perturbation):
-    """No perturbation but the groups: the second pass normalises each of them by its own statistics (ghost BN).
+    """Perturbs nothing but the groups: the second pass normalises each by its own statistics (ghost BN).
 
     Layers in eval mode (frozen BN) are left alone. The deltas of all layers are slices of one tensor that this object
     holds; the model never sees them as parameters or buffers. Here they are zero.
@@ -63,7 +63,7 @@ class GroupStatistics(Perturbation):
         return layers
 
     def _allocate(self) -> None:
-        """One tensor of zeros for all deltas, sliced into a differentiable (delta_mu, delta_sigma) per layer."""
+        """Zero all deltas: one tensor, sliced into a differentiable (delta_mu, delta_sigma) per layer."""
         parameter = next(self.model.parameters())
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if not self._leaves or (self._deltas.device, self._deltas.dtype) != (parameter.device, dtype):
@@ -84,7 +84,7 @@ class GroupStatistics(Perturbation):
         self._allocate()
 
     def _in_blocks(self) -> bool:
-        """Whether groups are laid out as runs of samples: cheaper where channels lie innermost, on the CPU."""
+        """Tell whether groups are laid out as runs of samples: cheaper where channels lie innermost, on the CPU."""
         return self.groups > 1 and any(p.device.type == "cpu" and is_channels_last(p) for p in self.model.parameters())
 
     def order(self, samples: int) -> Tensor | None:
@@ -97,7 +97,7 @@ class GroupStatistics(Perturbation):
 
 
 class AdversarialStatistics(GroupStatistics):
-    """APART's attack: one FGSM step of radius epsilon in L-infinity (Algorithm 1, lines 1-5).
+    """Attacks as APART does: by one FGSM step of radius epsilon in L-infinity (Algorithm 1, lines 1-5).
 
     Args:
         model: the network, possibly wrapped.
@@ -124,7 +124,7 @@ class AdversarialStatistics(GroupStatistics):
         )
 
     def _gradient(self) -> Tensor:
-        """g_delta of all layers, (sum of 2C,)."""
+        """Collect g_delta of all layers, (sum of 2C,)."""
         pairs = self._leaves.values()
         gradient = torch.cat([torch.zeros_like(x) if x.grad is None else x.grad for pair in pairs for x in pair])
         if processes() > 1 and not self.local_attack:
@@ -143,7 +143,7 @@ class AdversarialStatistics(GroupStatistics):
 
 
 class RandomStatistics(GroupStatistics):
-    """Random signs in the place of the gradient's: what APART is without its adversary. All processes draw the same.
+    """Draws random signs in the place of the gradient's: APART without its adversary. All processes draw the same.
 
     Args:
         model: the network, possibly wrapped.
@@ -167,7 +167,7 @@ class RandomStatistics(GroupStatistics):
 
 
 class UniformStatistics(RandomStatistics):
-    """Uniform noise of [-epsilon, epsilon] in the place of random signs."""
+    """Draws uniform noise of [-epsilon, epsilon] in the place of random signs."""
 
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:

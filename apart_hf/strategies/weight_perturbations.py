@@ -16,7 +16,7 @@ from apart_hf.strategies.perturbation import Perturbation, checked_radius, proce
 
 
 class Weights(Perturbation):
-    """SAM's step: phi + rho * g / ||g||_2, over all trainable parameters (Eq. 7 with p = 2).
+    """Takes SAM's step, phi + rho * g / ||g||_2, over all trainable parameters (Eq. 7 with p = 2).
 
     Its subclasses are of the same form, phi + rho * T^2 g / ||T g||_2, with another T or over fewer parameters.
 
@@ -36,11 +36,11 @@ class Weights(Perturbation):
         self._steps: list[tuple[nn.Parameter, Tensor]] = []
 
     def _moved(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that take part."""
+        """Name the parameters that take part."""
         return self.model.named_parameters()
 
     def _size(self, name: str, p: nn.Parameter) -> Tensor | None:
-        """T: the size of a unit step for each element; None: 1."""
+        """Return T, the size of a unit step for each element; None: 1."""
 
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:
@@ -84,7 +84,7 @@ class Weights(Perturbation):
 
 
 class AdaptiveWeights(Weights):
-    """ASAM's step (Kwon et al. 2021, Eq. 8 with p = 2): T = |w| + eta for parameters named weight, 1 for others.
+    """Takes ASAM's step (Kwon et al. 2021, Eq. 8 with p = 2): T = |w| + eta for parameters named weight, 1 for others.
 
     Args:
         rho: radius relative to the weights' sizes, >= 0.
@@ -103,13 +103,14 @@ class AdaptiveWeights(Weights):
 
 
 class NormalisationWeights(Weights):
-    """SAM-ON's step (Mueller et al. 2023): SAM over the parameters of normalisation layers only.
+    """Takes SAM-ON's step (Mueller et al. 2023): SAM over the parameters of normalisation layers only.
 
     Args:
         rho: radius in the weights' own units, >= 0.
         global_norm: see `Weights`.
 
-    Raises: ApartError where no normalisation layer has trainable parameters.
+    Raises:
+        ApartError: where no normalisation layer has trainable parameters.
     """
 
     defaults: ClassVar = {"rho": 0.5, "global_norm": False}
@@ -129,7 +130,7 @@ class NormalisationWeights(Weights):
 
 
 def _averaged(gradients: list[Tensor]) -> list[Tensor]:
-    """Their mean over all processes, by one all-reduce; p.grad itself stays each process's own."""
+    """Average gradients over all processes, by one all-reduce; p.grad itself stays each process's own."""
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= processes()

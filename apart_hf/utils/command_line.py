@@ -16,14 +16,14 @@ from apart_hf.utils.processes import rank
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad input ends in one line and exit code 2."""
+    """Parses a command line; bad input ends in one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
 
 
 def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """A type for argparse: whole numbers from `least` to `most`."""
+    """Make a type for argparse: whole numbers from `least` to `most`."""
 
     def integer(text: str) -> int:
         if not least <= int(text) <= most:
@@ -50,7 +50,7 @@ def run_command(command: Callable[[str], object]) -> None:
 
 
 class _Forgiving:
-    """A stream that goes nowhere from its first failure on, after one line on stderr."""
+    """Writes to a stream until its first failure, which one line on stderr tells; then it writes nowhere."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -85,7 +85,7 @@ class _Forgiving:
 
 @contextlib.contextmanager
 def forgiving_output() -> Iterator[None]:
-    """Within, a failing standard output is no error."""
+    """Let a failing standard output be no error within the block."""
     before, sys.stdout = sys.stdout, _Forgiving(sys.stdout)
     try:
         yield
@@ -107,7 +107,7 @@ class _Output(logging.StreamHandler):
 
 @contextlib.contextmanager
 def logging_to_output() -> Iterator[None]:
-    """Within, what this package logs is written to standard output, by the first process of a run alone."""
+    """Write what this package logs to standard output within the block, by the first process of a run alone."""
     logger, handler = logging.getLogger("apart_hf"), _Output()
     handler.addFilter(lambda record: rank() == 0)
     level, propagates = logger.level, logger.propagate

@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub", "safe
 
 
 def device_name() -> str:
-    """What training here runs on, in words."""
+    """Say in words what training here runs on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -26,7 +26,7 @@ def device_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with a + where files were changed since; else None."""
+    """Return the commit of the checkout that this package runs from, with a + where files were changed; else None."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
@@ -41,5 +41,5 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the libraries that the results depend on."""
+    """Return the versions of Python, of this package and of the libraries that the results depend on."""
     return {"apart_hf": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}

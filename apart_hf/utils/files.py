@@ -24,7 +24,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """A file or folder to the disk, so that a rename never precedes what it names."""
+    """Write a file or folder through to the disk, so that a rename never precedes what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within, what cannot be written raises ApartError."""
+    """Turn what cannot be written within the block into an ApartError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -45,6 +45,6 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def sha256(file: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
+    """Compute the checksum of a file, in hexadecimal."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

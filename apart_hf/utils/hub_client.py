@@ -33,14 +33,14 @@ PATIENCE = 20.0  # seconds after which nothing is tried again: some calls the cl
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub's HTTP client raises where no answer comes: refused, cut, timed out."""
+    """Return what huggingface_hub's HTTP client raises where no answer comes: refused, cut, timed out."""
     client = type(huggingface_hub.get_session()).__module__.split(".")[0]  # httpx2 in 2.4, httpx before
     return (importlib.import_module(client).TransportError,)
 
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[str]:
-    """Within, the libraries do not try to reach a Hub that does not answer; gives the reason, empty where it does."""
+    """Keep the libraries from a Hub that does not answer, within the block; give the reason, empty if it answers."""
     import datasets  # half a second, which `import apart_hf` need not take
 
     constants = huggingface_hub.constants
@@ -75,7 +75,7 @@ def attempt(
     again: bool = True,
     reading: bool = False,
 ) -> Result:
-    """The result of `call`, which is tried up to `TRIES` times where no answer comes, or 429 or 5xx.
+    """Return the result of `call`, which is tried up to `TRIES` times where no answer comes, or 429 or 5xx.
 
     Args:
         call: to the Hub.
@@ -84,7 +84,8 @@ def attempt(
         again: whether a further try does no harm.
         reading: nothing is to be changed there.
 
-    Raises: ApartError with the cause and the cure.
+    Raises:
+        ApartError: with the cause and the cure.
     """
     number, start = 0, time.monotonic()
     failures: tuple[type[Exception], ...] = HfHubHTTPError, LocalEntryNotFoundError, RuntimeError, *transport_errors()
@@ -120,7 +121,7 @@ def _asked(arrived: Callable[[], Result | None]) -> Result | None:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """Of the answer that the error is about, or its cause is: that of an upload or a download is wrapped."""
+    """Return the status of the answer that an error, or its cause, is about: uploads and downloads wrap it."""
     if error is None:
         return None
     response = getattr(error, "response", None)
@@ -128,7 +129,7 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _wait(error: Exception, number: int) -> float:
-    """Seconds: what the server asks for, else twice as long at each try."""
+    """Return the seconds to wait: what the server asks for, else twice as long at each try."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     asked = headers.get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdigit() else FIRST_WAIT * 2 ** (number - 1)
@@ -168,7 +169,7 @@ def _gave_up(error: Exception, status: int | None, repo_id: str, tries: int, aga
 
 
 def _reason(error: Exception) -> str:
-    """The server's own words, on one line."""
+    """Return the server's own words, on one line."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__).rstrip(".")[:200]

@@ -9,11 +9,11 @@ MARKERS, LINES = "os^DvPX*<>phd8", ("-", "--", "-.", ":")
 
 
 def plain(text: str) -> str:
-    """Text that a figure shows as it is: a dollar sign would begin mathematics, a first underscore hides a label."""
+    """Mark up text so that a figure shows it as it is: a dollar sign would begin mathematics, an underscore hide it."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def styles() -> Iterator[tuple[str, str]]:
-    """(marker, line) for one curve after another, 56 of them unlike each other without their colours."""
+    """Give (marker, line) for one curve after another, 56 of them unlike each other without their colours."""
     for number in itertools.count():
         yield MARKERS[number % len(MARKERS)], LINES[(number + number // len(MARKERS)) % len(LINES)]

@@ -18,19 +18,19 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Count the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def rank() -> int:
-    """Number of this process in its run, also before there is an accelerator to ask."""
+    """Return the number of this process in its run, also before there is an accelerator to ask."""
     return int(os.environ.get("RANK", 0))
 
 
 def from_main_process(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
-    """What `call` gives on the main process, where alone it runs; or the ApartError that it raises there, on all."""
+    """Return, on all processes, what `call` gives on the main one, where alone it runs; or raise its ApartError."""
     from accelerate.utils import broadcast_object_list  # heavy, and a command line asks this module for ranks only
 
     found = problem = None
@@ -62,7 +62,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if hasattr(signal,
 
 
 def in_a_group_of_its_own(worker: int) -> None:
-    """For loader processes: launchers and terminals signal a whole group, and the run needs them to finish its step.
+    """Take a loader process out of its group, which launchers and terminals signal: the run needs it for its last step.
 
     They end with the run, which tells them to.
     """
