@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from apart_hf.config.train_config import FilledConfig, TrainConfig
@@ -65,7 +66,7 @@ def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.o
         raise ApartError(f"cannot create optimizer {config.opt!r}: {first_line(error)}.") from error
 
 
-def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler | None:
     """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
     half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
     scheduler, _ = create_scheduler_v2(
@@ -75,7 +76,8 @@ def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps
         warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
-        decay_milestones=[m + half_a_step for m in config.decay_milestones],
+        # timm's type names whole epochs, and it takes parts of them
+        decay_milestones=[m + half_a_step for m in config.decay_milestones],  # type: ignore[misc]
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from apart_hf.config.train_config import TrainConfig
+from apart_hf.config.train_config import FilledConfig
 from apart_hf.errors import ApartError, OneProcessError, first_line
 from apart_hf.runs.interruption import ProcessLost
 from apart_hf.training.nonfinite import NonFinite
@@ -25,11 +25,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return known or "could not create a primitive" in str(error)
 
 
-def out_of_memory(error: Exception, config: TrainConfig, more: str = "") -> ApartError:
+def out_of_memory(error: Exception, config: FilledConfig, more: str = "") -> ApartError:
     """Batch size and image size, and what takes less.
 
     Args:
-        config: settled.
+        config: its defaults are filled in.
         more: a further sentence.
     """
     size = f" images of {config.img_size} pixels" if config.img_size else ""
