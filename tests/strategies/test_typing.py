@@ -59,20 +59,19 @@ def found(tmp_path_factory):
         ["--config-file", str(ROOT / "setup.cfg"), "--no-pretty", str(folder / "good.py"), str(folder / "bad.py")]
     )
     assert not problem, problem
+    # names alone: mypy's cache may remember the folder of an earlier run
     errors = re.findall(r"^(\S+\.py):(\d+): error: (.*)$", said, re.MULTILINE)
-    return folder, [(Path(file), int(line) - head.count("\n") - 1, text) for file, line, text in errors]
+    return [(Path(file).name, int(line) - head.count("\n") - 1, text) for file, line, text in errors]
 
 
 def test_a_right_script_has_no_type_error(found):
-    folder, errors = found
-    assert [error for error in errors if error[0] != folder / "bad.py"] == []
+    assert [error for error in found if error[0] != "bad.py"] == []
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_wrong_call_is_a_type_error(found, case):
-    folder, errors = found
     here = list(BAD).index(case)
-    messages = [text for file, line, text in errors if file == folder / "bad.py" and line == here]
+    messages = [text for file, line, text in found if file == "bad.py" and line == here]
     assert messages
     assert all("create_strategy" in text or "accumulate_gradients" in text for text in messages)
 
