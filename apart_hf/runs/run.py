@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from apart_hf.training.trainer import Trainer
 from apart_hf.utils.processes import from_main_process
 
 _log = logging.getLogger(__name__)
+WATCH_SECONDS = 1.0  # in which torch hears that a loader process has ended
 
 
 @dataclass
@@ -133,14 +135,21 @@ class Run:
             )
 
     def _told(self, error: Exception) -> Exception:
-        """See `explained`. torch's watch over loader processes may interrupt that, too."""
+        """See `explained`. torch's watch over loader processes may interrupt that, too.
+
+        The pipe to a process that was killed may end before the watch, which names the process, hears of it.
+        """
         while True:
             try:
+                if isinstance(error, (EOFError, ConnectionError)):
+                    time.sleep(WATCH_SECONDS)
                 self._discard_if_empty()
                 return explained(error, self)
             except RuntimeError as again:
                 if "DataLoader worker" not in str(again):
                     raise
+                if isinstance(error, (EOFError, ConnectionError)):
+                    error = again
 
     def _discard_if_empty(self) -> None:
         """Remove the folder that this run has made, where it ends before its first epoch or checkpoint."""

@@ -8,10 +8,12 @@ import psutil
 import pytest
 
 from apart_hf.cli.train import main
+from apart_hf.errors import OneProcessError
 from apart_hf.runs import interruption
 from apart_hf.runs.checkpoints import damage
 from apart_hf.runs.interruption import EXIT_CODE
 from apart_hf.runs.train import train
+from apart_hf.training.trainer import Trainer
 from tests.support.fork_server import Forked
 from tests.support.helpers import write_demo
 from tests.support.processes import command, fork, latest, wait_for_checkpoint
@@ -104,6 +106,25 @@ def test_a_loader_process_is_killed(checkpointed, little, tmp_path):
         assert damage(latest(folder)) is None
     else:
         assert process.returncode == 2 and "There is no checkpoint yet." in said and not folder.exists()
+
+
+def test_the_pipe_of_a_killed_loader_process_ends_first(little, tmp_path, monkeypatch):
+    """The run meets the end of the pipe before torch's watch over loader processes has heard of it."""
+    killed = []
+
+    def fit(trainer, epochs, max_steps):
+        batches = iter(trainer.train_loader)
+        next(batches)
+        (loader,) = (one for one in psutil.Process().children(recursive=True) if one.name().startswith("pt_data"))
+        killed.append(loader.pid)
+        loader.kill()
+        raise EOFError
+        yield
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    with pytest.raises(OneProcessError, match=r"loader process (\d+) is gone after step 0.* no checkpoint") as raised:
+        train(settings(little, tmp_path, loader="workers", workers=1))
+    assert str(raised.value).split()[2] == str(killed[0]) and not (tmp_path / "run").exists()
 
 
 CASES = {
