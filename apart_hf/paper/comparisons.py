@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -44,29 +44,35 @@ def compare(accuracies: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple
     """
     tests, found = len(pairs), []
     for row, baseline in pairs:
-        values, others = accuracies.get(row, {}), accuracies.get(baseline, {})
-        seeds = sorted(values.keys() & others.keys())
-        if not seeds:
+        differences, test = paired(accuracies.get(row, {}), accuracies.get(baseline, {}))
+        if not differences:
             continue
-        differences = [values[seed] - others[seed] for seed in seeds]
         p = interval = wide = None
-        if len({round(difference, 9) for difference in differences}) > 1:
-            test = ttest_rel([values[seed] for seed in seeds], [others[seed] for seed in seeds])
-            p = float(test.pvalue)
-            interval, wide = _bounds(test, LEVEL), _bounds(test, 1 - (1 - LEVEL) / tests)
-        found.append(Comparison(f"{row} - {baseline}", len(seeds), fmean(differences), interval, wide, p, None))
+        if test is not None:
+            p, interval, wide = float(test.pvalue), bounds(test, LEVEL), bounds(test, 1 - (1 - LEVEL) / tests)
+        found.append(Comparison(f"{row} - {baseline}", len(differences), fmean(differences), interval, wide, p, None))
     corrected = iter(holm([one.p for one in found if one.p is not None], tests))
-    return [one if one.p is None else _with_holm(one, next(corrected)) for one in found]
+    return [one if one.p is None else replace(one, holm=next(corrected)) for one in found]
 
 
-def _bounds(test: Any, level: float) -> tuple[float, float]:
+def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[list[float], Any | None]:
+    """Pair two rows by seed.
+
+    Returns:
+        The differences over the seeds that both have, in order, and scipy's result of their t-test; None where there
+        are fewer than two, or all are equal.
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    if len({round(difference, 9) for difference in differences}) < 2:
+        return differences, None
+    return differences, ttest_rel([values[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+
+
+def bounds(test: Any, level: float) -> tuple[float, float]:
     """The confidence interval at `level` of scipy's result of a test."""
     low, high = test.confidence_interval(level)
     return float(low), float(high)
-
-
-def _with_holm(one: Comparison, corrected: float) -> Comparison:
-    return Comparison(one.name, one.seeds, one.mean, one.interval, one.wide, one.p, corrected)
 
 
 def holm(values: Sequence[float], tests: int) -> list[float]:

@@ -24,7 +24,7 @@ def plot_attack(rows: Rows, path: Path, title: str) -> None:
     """Figure 1, as PNG: training accuracy by radius, a curve for each perturbation and number of groups.
 
     Args:
-        rows: of `analysis.attack`, with the model's name as "model".
+        rows: of `bn_robustness.attack`, with the model's name as "model".
         path: the file to write.
         title: of the figure.
     """
@@ -42,7 +42,7 @@ def plot_robustness(rows: Rows, path: Path, title: str) -> None:
     """Figure 2, as PNG: test accuracy by radius for perturbed means and standard deviations, a curve for each model.
 
     Args:
-        rows: of `analysis.robustness`, with the model's name as "model".
+        rows: of `bn_robustness.robustness`, with the model's name as "model".
         path: the file to write.
         title: of the figure.
     """

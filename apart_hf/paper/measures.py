@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.data import ImageData
-from apart_hf.data.dataset_memory import InMemoryImages, decode
+from apart_hf.data.dataset_memory import decode
 from apart_hf.paper.bn_robustness import robustness
 from apart_hf.paper.corruptions import CorruptedImages
 
@@ -36,19 +36,22 @@ def measure(
         corrupted: images of `data.val` under corruptions.
         logits_file: where the logits (N, classes) float16 and the labels (N,) of the evaluation are written.
 
-    Returns: images, top1, eval_loss, ece (all accuracies and the calibration error in per cent); "statistics", the rows
-        of `analysis.robustness`; "corruptions", rows with corruption, severity, top1, and top1_recalibrated, by running
-        statistics that were estimated on the other half of the same corrupted images; "corrupted_images", their hash.
+    Returns:
+        images, top1, eval_loss and ece (accuracies and the calibration error in per cent); "statistics", the rows of
+        `bn_robustness.robustness`; "corruptions", rows with corruption, severity, top1, and top1_recalibrated, by
+        running statistics that were estimated on the other half of the same corrupted images; "corrupted_images",
+        their hash.
     """
     network = copy.deepcopy(model).eval()
     config = resolve_model_data_config(network)
     decoded, _ = decode(data.val, config["input_size"][-1])
     labels = torch.from_numpy(np.array(data.val.labels(), dtype=np.int64))
-    logits = predict(network, decoded[..., :3].numpy(), config)
+    pixels = decoded[..., :3].numpy()
+    batches = [(normalised(pixels[rows], config), labels[rows]) for rows in torch.arange(len(labels)).split(_BATCH)]
+    with torch.no_grad():
+        logits = torch.cat([network(images).float() for images, _ in batches])
     if logits_file is not None:
         np.savez(logits_file, logits=logits.half().numpy(), labels=labels.numpy())
-    images = InMemoryImages(decoded, labels.numpy(), config["mean"], config["std"])
-    batches = [images.__getitems__(part.tolist()) for part in torch.arange(len(labels)).split(_BATCH)]
     return {
         "images": len(labels),
         "top1": top1(logits, labels),

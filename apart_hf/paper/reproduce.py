@@ -128,7 +128,7 @@ def _measures(job: Job, folder: Path, corrupted: CorruptedImages) -> dict[str, A
 
 
 def _start(command: list[str]) -> tuple[int, bool]:
-    """Job a command to its end. Returns its exit code, and whether a signal asked us to stop, which it was handed."""
+    """Run a command to its end. Returns its exit code, and whether a signal asked us to stop, which it was handed."""
     try:
         # in a group of its own: a terminal would signal both
         process, stopped = subprocess.Popen(command, process_group=0), []
@@ -148,7 +148,7 @@ def _start(command: list[str]) -> tuple[int, bool]:
 
 
 def _result(job: Job, folder: Path, data: str) -> dict[str, Any]:
-    """What is kept of a finished job."""
+    """What is kept of a finished run."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     trained = Exported.read(folder).training
     data_record = trained.data or DataRecord()

@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 from apart_hf.errors import ApartError
+from apart_hf.paper.comparisons import LEVEL, bounds, paired
 from apart_hf.paper.tables import Published
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -89,17 +88,13 @@ class Difference:
     @classmethod
     def of(cls, values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
         """Over the seeds that both have; None: there is none. One pair has no interval."""
-        seeds = sorted(values.keys() & baseline.keys())
-        if not seeds:
+        differences, test = paired(values, baseline)
+        if not differences:
             return None
-        pairs = [values[seed] for seed in seeds], [baseline[seed] for seed in seeds]
-        mean = fmean(a - b for a, b in zip(*pairs))
-        if len(seeds) == 1:
-            return cls(mean, None)
-        if len({round(a - b, 9) for a, b in zip(*pairs)}) == 1:
-            return cls(mean, 0.0)
-        interval = ttest_rel(*pairs).confidence_interval(0.95)
-        return cls(mean, float(interval.high - interval.low) / 2)
+        if test is None:
+            return cls(fmean(differences), None if len(differences) == 1 else 0.0)
+        low, high = bounds(test, LEVEL)
+        return cls(fmean(differences), (high - low) / 2)
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f}" + ("" if self.half_width is None else f" ± {self.half_width:.2f}")

@@ -18,16 +18,7 @@ from apart_hf.data.decoding import BadImage, rgb
 from apart_hf.runs.train import train
 from tests.support.helpers import load
 from tests.support.images import BAD, damaged, png, write_bad
-
-CONFIG = {
-    "input_size": (3, 16, 16),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "crop_mode": "center",
-}
-
+from tests.support.settings import CONFIG_16
 
 SOURCES = {
     "memory": {"loader": "memory"},
@@ -40,7 +31,7 @@ SOURCES = {
 
 def loaders(folder, source, skip=True):
     data = load(data_dir=folder, skip_bad=skip, streaming=source.startswith("stream"))
-    settings = LoaderSettings(CONFIG, 8, 8, **SOURCES[source], skip_bad=skip)
+    settings = LoaderSettings(CONFIG_16, 8, 8, **SOURCES[source], skip_bad=skip)
     return data, Loaders(data, settings, Accelerator(cpu=True))
 
 
@@ -102,7 +93,7 @@ def test_an_error_names_split_and_index(source, tmp_path):
 def test_a_part_names_the_place_in_the_whole_split(tmp_path):
     data = load(data_dir=write_bad(tmp_path))
     part = data.val.part(np.arange(1, 24, 2)).part(np.array([2, 3]))  # rows 5 and 7
-    made = Loaders(data, LoaderSettings(CONFIG, 8, 8, "workers"), Accelerator(cpu=True))
+    made = Loaders(data, LoaderSettings(CONFIG_16, 8, 8, "workers"), Accelerator(cpu=True))
     with pytest.raises(ApartError, match="image 5 of split 'test'"):
         list(made.evaluation(part))
 

@@ -20,15 +20,8 @@ from apart_hf.data import Loaders, LoaderSettings
 from apart_hf.data.dataset_stream import StreamedImages
 from apart_hf.runs.train import train
 from tests.support.helpers import ROOT, load, run
+from tests.support.settings import CONFIG_16
 
-CONFIG = {
-    "input_size": (3, 16, 16),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "crop_mode": "center",
-}
 ROWS = 103  # each of a class of its own
 
 
@@ -103,7 +96,7 @@ def test_a_process_that_runs_out_goes_on_in_another_order(folder):
 
 def test_processes_that_live_on_see_the_next_epoch(folder):
     data = load(data_dir=folder, streaming=True)
-    loader = Loaders(data, LoaderSettings(CONFIG, 8, 8, workers=2), Accelerator(cpu=True)).train()
+    loader = Loaders(data, LoaderSettings(CONFIG_16, 8, 8, workers=2), Accelerator(cpu=True)).train()
     assert loader.persistent_workers and len(loader) == 12
     epochs = []
     for epoch in (0, 1, 1):
@@ -117,7 +110,7 @@ def test_processes_that_live_on_see_the_next_epoch(folder):
 
 
 def test_streamed_and_map_style_evaluation_agree_bit_for_bit(folder):
-    settings, accelerator = LoaderSettings(CONFIG, 8, 8, "workers"), Accelerator(cpu=True)
+    settings, accelerator = LoaderSettings(CONFIG_16, 8, 8, "workers"), Accelerator(cpu=True)
     batches = []
     for streaming in (False, True):
         data = load(data_dir=folder, streaming=streaming)
@@ -138,7 +131,7 @@ def test_a_bad_label_is_found_on_the_way(names, message, tmp_path):
         Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{name}.parquet"))
     with pytest.raises(ApartError, match=message):
         data = load(data_dir=str(tmp_path), streaming=True, num_classes=5)
-        list(Loaders(data, LoaderSettings(CONFIG, 8, 8), Accelerator(cpu=True)).evaluation(data.val))
+        list(Loaders(data, LoaderSettings(CONFIG_16, 8, 8), Accelerator(cpu=True)).evaluation(data.val))
 
 
 def damage(file):
@@ -175,11 +168,11 @@ def test_what_a_stream_cannot_tell(tmp_path, folder):
         TrainConfig(streaming=True, val_fraction=0.1)
     with pytest.raises(ApartError, match="--loader memory: a stream is not kept"):
         data = load(data_dir=folder, streaming=True)
-        Loaders(data, LoaderSettings(CONFIG, 8, 8, "memory"), Accelerator(cpu=True))
+        Loaders(data, LoaderSettings(CONFIG_16, 8, 8, "memory"), Accelerator(cpu=True))
     assert len(load(data_dir=folder, streaming=True, train_num_samples=50).train) == 50
     data = load(data_dir=folder, streaming=True, train_num_samples=5)
     with pytest.raises(ApartError, match="has 5 images, fewer than one step of 8"):
-        Loaders(data, LoaderSettings(CONFIG, 8, 8), Accelerator(cpu=True))
+        Loaders(data, LoaderSettings(CONFIG_16, 8, 8), Accelerator(cpu=True))
 
 
 def test_a_class_map_of_a_stream(folder, tmp_path):

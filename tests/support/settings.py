@@ -14,6 +14,8 @@ CONFIG = {
     "crop_mode": "center",
 }
 
+CONFIG_16 = CONFIG | {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
 
 def settings(little, output, **more):
     return TrainConfig(
