@@ -7,7 +7,6 @@ import contextlib
 import csv
 import sys
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="FIGURE", dest="figure", required=True)
     one = commands.add_parser("attack", help="Figure 1: training accuracy after APART's attack by one batch")
     many = commands.add_parser("robustness", help="Figure 2: test accuracy with scaled running statistics")
-    one.set_defaults(measure=_attack, plot=plot_attack, split_of=attrgetter("train"), label=None)
-    many.set_defaults(measure=_robustness, plot=plot_robustness, split_of=attrgetter("val"))
+    one.set_defaults(measure=_attack, plot=plot_attack, only="train", label=None)
+    many.set_defaults(measure=_robustness, plot=plot_robustness, only="val")
     what = "a run or exported folder, a repository user/name, or a model that comes with apart_hf"
     one.add_argument("--checkpoint", required=True, nargs=1, metavar="NAME", help=what)
     one.add_argument(
@@ -160,10 +159,9 @@ def _files(args: argparse.Namespace) -> list[Path]:
 def _load(args: argparse.Namespace, checkpoint: str, accelerator: Accelerator) -> tuple[nn.Module, DataLoader]:
     """A model, and its images in an order that depends on the seed alone."""
     model, _ = load_pretrained(checkpoint)
-    data = measured_images(args, model)
-    split = args.split_of(data)
-    chosen = np.random.default_rng(args.seed).permutation(len(split))[: args.images]
-    loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(split.part(chosen))
+    data = measured_images(args, model, only=args.only)
+    chosen = np.random.default_rng(args.seed).permutation(len(data.val))[: args.images]
+    loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(data.val.part(chosen))
     return model.to(accelerator.device), loader
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -25,10 +26,13 @@ def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-
     parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="loader processes [0]")
 
 
-def measured_images(args: argparse.Namespace, model: nn.Module, *, streaming: bool = False) -> ImageData:
-    """The data with the classes of `model`.
+def measured_images(
+    args: argparse.Namespace, model: nn.Module, *, only: Literal["train", "val"] = "val", streaming: bool = False
+) -> ImageData:
+    """Load the split to measure on, with the classes of `model`.
 
-    Raises: ApartError where the data are not there, or have other classes.
+    Raises:
+        ApartError: where the data are not there, or have other classes.
     """
     names = pretrained_cfg(model).get("label_names")
     return load_image_data(
@@ -38,10 +42,10 @@ def measured_images(args: argparse.Namespace, model: nn.Module, *, streaming: bo
             args.data_dir,
             train_split=args.split,
             val_split=args.split,
+            only=only,
             input_key=args.input_key,
             target_key=args.target_key,
             streaming=streaming,
-            train_num_samples=1 if streaming else None,
             skip_bad=args.on_bad_image == "skip",
             num_classes=num_classes(model),
             class_names=tuple(names) if isinstance(names, list) else None,

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from apart_hf.cli.image_options import add_image_options, measured_images, plain_batches
 from apart_hf.data import Loaders
+from apart_hf.data.split_names import same_split
 from apart_hf.hub.model_folder import Exported
 from apart_hf.hub.pretrained import find_pretrained, load_pretrained
 from apart_hf.hub.training_record import DataRecord, TrainingRecord
@@ -53,6 +54,8 @@ def _run(args: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision=precision)
     use_threads(None, accelerator.num_processes)
     data = measured_images(args, model, streaming=args.streaming)
+    for note in data.notes:
+        print(f"data: {note}.", file=sys.stderr)
     loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(data.val)
     found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator).as_line()}
     skipped = int(accelerator.reduce(torch.tensor(loader.dataset.take_skipped(), device=accelerator.device)))
@@ -65,7 +68,7 @@ def _run(args: argparse.Namespace) -> None:
 def _same_images(args: argparse.Namespace, found: dict, training: TrainingRecord) -> bool:
     """Whether the claim is of the images that were measured, as far as their names and number tell."""
     claim, data = training.results, training.data or DataRecord()
-    if claim is None or claim.split != found["split"] or claim.images != found["images"]:
+    if claim is None or not same_split(claim.split, found["split"]) or claim.images != found["images"]:
         return False
     if args.data_dir is not None:
         return Path(args.data_dir).resolve().name == training.dataset

@@ -1,32 +1,42 @@
-"""Which columns hold images and classes, and what the classes are called."""
+"""Which columns hold images and classes."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import ClassLabel, Dataset, Image
 
+from apart_hf.data.metadata import TARGET_NAMES
 from apart_hf.data.registry import DatasetSpec
-from apart_hf.data.settings import DataSettings
-from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
 
+INPUT_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 
-def _column(data: Dataset, named: str | None, flag: str, kind: str, found: list[str], fit: list[str], make: str) -> str:
-    """Choose the column that is named, or else the first that is found.
+
+def _column(
+    data: Dataset, named: str | None, flag: str, kind: str, usual: tuple[str, ...], fit: list[str], make: str
+) -> str:
+    """Choose the column that is named, or else the first of the usual names, or else the only one of its kind.
 
     Args:
-        found: columns that are taken unnamed.
-        fit: those that are taken where they are named.
+        usual: names in the order in which they are looked for.
+        fit: columns that are taken where they are named.
         make: how other data become such a column, for messages.
     """
-    if named is None and found:
-        return found[0]
+    own = [key for key in fit if kind == "image" or isinstance(data.features[key], ClassLabel)]
     if named in fit:
         return named
+    if named is None:
+        exact = [key for key in usual if key in fit]
+        # a column of text that is called label is meant, not another one
+        meant = next((key for key in usual if key in data.features), None) if kind != "image" else None
+        if exact:
+            return exact[0]
+        if len(own) == 1 and meant is None:
+            return own[0]
+        if len(own) > 1:
+            raise ApartError(f"{len(own)} {kind} columns, {', '.join(own)}; name the one to take by {flag}.")
     wanted = f"no {kind} column" if named is None else f"{named!r} is no {kind} column"
     columns = ", ".join(f"{key} ({_type_name(feature)})" for key, feature in data.features.items())
     raise ApartError(f"{wanted}: the columns are {columns}; {f'name one with {flag}' if fit else make}.")
@@ -37,83 +47,36 @@ def _type_name(feature: Any) -> str:
 
 
 def find_input_key(data: Dataset, spec: DatasetSpec) -> str:
-    images = [key for key, feature in data.features.items() if isinstance(feature, Image)]
+    """Name the column of the images: the one that is asked for, one of a usual name, or the only one.
+
+    Raises:
+        ApartError: where there is none, or several; it names all columns.
+    """
     return _column(
         data,
         spec.input_key,
         "--input-key",
         "image",
-        images,
-        images,
+        INPUT_NAMES,
+        [key for key, feature in data.features.items() if isinstance(feature, Image)],
         "make one of files or their bytes by datasets' cast_column(NAME, datasets.Image())",
     )
 
 
 def find_target_key(data: Dataset, spec: DatasetSpec) -> str:
-    labels = [key for key, feature in data.features.items() if isinstance(feature, ClassLabel)]
+    """Name the column of the classes: the one that is asked for, one of a usual name, or the only ClassLabel.
+
+    Raises:
+        ApartError: where there is none, or several; it names all columns.
+    """
     integers = [key for key, feature in data.features.items() if "int" in _type_name(feature)]
+    labels = [key for key, feature in data.features.items() if isinstance(feature, ClassLabel)]
     return _column(
         data,
         spec.target_key,
         "--target-key",
         "class label",
-        labels + [key for key in integers if "label" in key],
+        TARGET_NAMES,
         labels + integers,
         "make one of text or other values by datasets' class_encode_column(NAME)",
     )
-
-
-def find_class_names(split: Split, spec: DatasetSpec, settings: DataSettings) -> list[str]:
-    """Name the classes by their index: from --class-map, from the data, or else by numbers up to the largest label.
-
-    Args:
-        split: the training split.
-        spec: where the data are from, and how many classes they should have.
-        settings: what the user asks for.
-
-    Returns:
-        One name for each class index.
-
-    Raises:
-        ApartError: where these disagree, or nothing tells how many classes there are.
-    """
-    feature, expected = split.data.features[split.target_key], None if spec.local else spec.num_classes
-    found = list(feature.names) if isinstance(feature, ClassLabel) else None
-    names, where = settings.class_names, "the model"
-    if settings.class_map is not None:
-        names, where = _read_class_map(settings.class_map), f"--class-map {settings.class_map}"
-    if names is not None:
-        if found is not None and (strange := sorted(set(found) ^ set(names))):
-            raise ApartError(
-                f"{where}: {len(strange)} class names are not in both it and the data, the first is {strange[0]!r}; it "
-                "needs every class of the data once."
-            )
-        return list(names)
-    if found is None and settings.streaming:
-        count = settings.num_classes or spec.num_classes
-        if count is None:
-            raise ApartError(f"{spec.path} names no classes, and a stream is not counted: give --num-classes.")
-        found = [str(i) for i in range(count)]
-    elif found is None:
-        labels = split.labels()
-        largest = int(np.max(labels, initial=-1))
-        if settings.num_classes is None and largest >= max(len(labels), 1):
-            raise ApartError(
-                f"split {split.name!r}: label {largest} at index {labels.argmax()} would make {largest + 1} "
-                f"classes of {len(labels)} images; correct it, or name the number of classes by --num-classes."
-            )
-        found = [str(i) for i in range(settings.num_classes or max(largest + 1, expected or 0))]
-    if expected not in (None, len(found)):
-        raise ApartError(f"{spec.path} should have {expected} classes, but has {len(found)}; is it another dataset?")
-    return found
-
-
-def _read_class_map(path: str) -> tuple[str, ...]:
-    try:
-        names = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ApartError(f"--class-map {path}: cannot be read ({reason}).") from error
-    if not names or len(set(names)) < len(names):
-        raise ApartError(f"--class-map {path}: needs class names, one a line, each once.")
-    return names

@@ -46,7 +46,8 @@ class Loaders:
             raise ApartError(f"--loader memory: {reason}; use --loader workers.")
         if self.kind == "auto":
             self.kind = "workers" if reason else "memory"
-        self._check_size(len(data.train), "")
+        if data.train.size is not None:
+            self._check_size(data.train.size, "")
 
     def train(self) -> DataLoaderShard:
         """Make shuffled, augmented batches of (images, class indices)."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset
 
-from apart_hf.data.columns import find_class_names, find_input_key, find_target_key
+from apart_hf.data.columns import find_input_key, find_target_key
+from apart_hf.data.labels import check_labels, compare_classes, counts_from_one, find_class_names, relabelling
 from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset
 from apart_hf.data.settings import DataSettings
-from apart_hf.data.sources import open_splits
+from apart_hf.data.sources import Source, load_splits, open_source
+from apart_hf.data.split_names import TRAIN_NAMES, VAL_NAMES, pick_split
 from apart_hf.data.splits import Split, stratified
 from apart_hf.errors import ApartError
-
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("validation", "valid", "val", "eval", "test")
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,9 @@ class ImageData:
         class_names: by class index.
         image_size: (width, height) in pixels of the first training image.
         test: what is looked at once, at the end, where `val` is a part of the training split.
+        notes: what was left out or is unlike what one may expect, in words.
+        timm: in what timm's own reader of image folders sees other classes; None: it sees the same.
+        labels_from: what tells the labels of image files; None: the column of a table.
     """
 
     train: Split
@@ -37,6 +39,9 @@ class ImageData:
     class_names: list[str]
     image_size: tuple[int, int]
     test: Split | None = field(default=None)
+    notes: tuple[str, ...] = ()
+    timm: str | None = None
+    labels_from: str | None = None
 
     @property
     def held_out(self) -> Split:
@@ -45,11 +50,11 @@ class ImageData:
 
 
 def load_image_data(settings: DataSettings | None = None) -> ImageData:
-    """Load a registered dataset, a Hub id, or a folder (parquet files, image folders, or save_to_disk).
+    """Load a registered dataset, a Hub id, or a folder (image folders, parquet files, tar shards, or save_to_disk).
 
     A registered name beside a folder lends it splits, columns, normalisation and transform, as far as the folder has
-    them. Splits and columns that are not named are found: the split called train, the one called validation, valid, val
-    or test, the first Image column and the first ClassLabel (else integer `label`) column.
+    them. What is not named is found: see docs/DATA.md for the names of splits and columns, and for the order of
+    classes.
 
     Returns:
         The splits, with labels that are checked.
@@ -63,31 +68,79 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
         if spec.local:
             raise ApartError(f"--dataset-config {settings.dataset_config}: {spec.path} is a folder; leave it out.")
         spec = replace(spec, config=settings.dataset_config)
-    splits = open_splits(spec, settings.streaming)
+    asked = (settings.train_split, settings.val_split)
+    source = open_source(spec, settings.streaming, [name for name in asked if name is not None])
+    train_name, val_name = _choose(source, spec, settings)
+    chosen = [train_name] if val_name in (None, train_name) else [train_name, val_name]
+    loaded = load_splits(source, spec, chosen, settings.streaming)
     if spec.local:
-        spec = _only_what_is_there(spec, splits, settings.named)
-    train_name, val_name = _pick_split(splits, spec.train_split, TRAIN_NAMES, "--train-split"), spec.val_split
-    if settings.val_fraction is None or val_name is not None or set(VAL_NAMES) & set(splits):
-        val_name = _pick_split(splits, val_name, VAL_NAMES, "--val-split")
-    data = splits[train_name]
-    columns = find_input_key(data, spec), find_target_key(data, spec)
+        spec = _only_what_is_there(spec, loaded, settings.named)
+    columns = find_input_key(loaded[train_name], spec), find_target_key(loaded[train_name], spec)
     spec = replace(spec, train_split=train_name, val_split=val_name, input_key=columns[0], target_key=columns[1])
-    names = find_class_names(Split.of(data, train_name, *columns), spec, settings)
-    if settings.num_classes is not None and settings.num_classes != len(names):
-        raise ApartError(
-            f"--num-classes {settings.num_classes}, but {spec.path} has {len(names)} classes; leave the flag out."
-        )
-    train = val = _checked(splits[train_name], train_name, columns, spec, names, settings)
-    test = None
-    if val_name not in (None, train_name):
-        val = _checked(splits[val_name], val_name, columns, spec, names, settings)
+    splits = [_split(loaded[name], name, columns, spec) for name in chosen]
+    from_one = counts_from_one(splits, settings)
+    names = find_class_names(splits, spec, settings, from_one)
+    _check_number(names, spec, settings)
+    splits = [_checked(split, spec, names, settings, from_one) for split in splits]
+    train, val, test = splits[0], splits[-1], None
+    notes = [*source.notes]
     if settings.val_fraction is not None:
         if val_name == train_name:
             raise ApartError(f"--val-fraction: {train_name!r} is both --train-split and --val-split; drop one.")
         test = None if val_name is None else val
         rest, part = stratified(train.labels(), settings.val_fraction, settings.seed)
         train, val = train.part(rest), train.part(part)
-    return ImageData(train, val, spec, names, train.image_size(settings.skip_bad), test)
+    if len(splits) == 2 and not settings.streaming:
+        notes += compare_classes(splits[0], splits[1], names)
+    return ImageData(
+        train,
+        val,
+        spec,
+        names,
+        train.image_size(settings.skip_bad),
+        test,
+        tuple(notes),
+        timm=source.timm,
+        labels_from=source.labels_from,
+    )
+
+
+def _choose(source: Source, spec: DatasetSpec, settings: DataSettings) -> tuple[str, str | None]:
+    """Choose the splits to train and to evaluate on; the second is None where a part of the first is."""
+    splits = source.splits
+    named = [
+        name if name in splits or not spec.local or name in settings.named.values() else None
+        for name in (spec.train_split, spec.val_split)
+    ]
+    if settings.only is not None:
+        is_train = settings.only == "train"
+        usual = TRAIN_NAMES if is_train else VAL_NAMES
+        given, flag = named[0 if is_train else 1], f"--{settings.only}-split"
+        if given is None and len(splits) == 1:
+            return splits[0], splits[0]
+        name = pick_split(splits, given, usual, flag, seen=source.seen)
+        return name, name
+    train_name = pick_split(splits, named[0], TRAIN_NAMES, "--train-split", seen=source.seen)
+    if settings.val_fraction is None or named[1] is not None or any(name.lower() in VAL_NAMES for name in splits):
+        more = ", or keep a part of the training split: --val-fraction 0.1"
+        return train_name, pick_split(splits, named[1], VAL_NAMES, "--val-split", more, source.seen)
+    return train_name, None
+
+
+def _check_number(names: list[str], spec: DatasetSpec, settings: DataSettings) -> None:
+    if settings.num_classes is not None and settings.num_classes != len(names):
+        if settings.only is not None:
+            raise ApartError(
+                f"the model has {settings.num_classes} classes without names, and {spec.path} has {len(names)}; name "
+                "data with all its classes, in the order of its outputs."
+            )
+        raise ApartError(
+            f"--num-classes {settings.num_classes}, but {spec.path} has {len(names)} classes; leave the flag out."
+        )
+    if len(names) == 1 and settings.only is None:
+        raise ApartError(
+            f"{spec.path} has one class, {names[0]!r}, of which any network is always right; name data of two or more."
+        )
 
 
 def _as_named(spec: DatasetSpec, given: dict[str, str]) -> DatasetSpec:
@@ -101,63 +154,41 @@ def _as_named(spec: DatasetSpec, given: dict[str, str]) -> DatasetSpec:
     )
 
 
-def _only_what_is_there(spec: DatasetSpec, splits: DatasetDict, given: dict[str, str]) -> DatasetSpec:
-    """Drop the registered names that a folder does not use, so that its own are found."""
+def _only_what_is_there(spec: DatasetSpec, splits: Mapping[str, Dataset], given: dict[str, str]) -> DatasetSpec:
+    """Drop the registered columns that a folder does not use, so that its own are found."""
     columns = {key for data in splits.values() for key in data.features}
     there = replace(
         spec,
-        train_split=spec.train_split if spec.train_split in splits else None,
-        val_split=spec.val_split if spec.val_split in splits else None,
         input_key=spec.input_key if spec.input_key in columns else None,
         target_key=spec.target_key if spec.target_key in columns else None,
     )
     return _as_named(there, given)
 
 
-def _pick_split(splits: DatasetDict, named: str | None, usual: tuple[str, ...], flag: str) -> str:
-    candidates = (named,) if named is not None else usual
-    for name in candidates:
-        if name in splits:
-            return name
-    wanted = f"no split {named!r}" if named is not None else f"no split called {' or '.join(usual)}"
-    part = ", or keep a part of the training split: --val-fraction 0.1" if flag == "--val-split" else ""
-    raise ApartError(f"{wanted}: the splits are {', '.join(splits)}; name one with {flag}{part}.")
-
-
-def _checked(
-    data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec, names: list[str], settings: DataSettings
-) -> Split:
-    """Make the split called `name`, check its labels and put them in the order of `names`."""
+def _split(data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec) -> Split:
     for key, flag in zip(columns, ("--input-key", "--target-key")):
         if key not in data.features:
             raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
     split = Split.of(data, name, *columns)
-    feature, relabel = data.features[split.target_key], None
-    own = list(feature.names) if isinstance(feature, ClassLabel) else names
-    if own != names:
-        if (settings.class_map or settings.class_names) is None or set(own) != set(names):
-            raise ApartError(
-                f"split {name!r} has {len(own)} classes and split {spec.train_split!r} {len(names)}, or in "
-                "another order; both splits need the same classes in the same order."
-            )
-        relabel = np.array([names.index(one) for one in own])
-    if settings.streaming:
-        return replace(split, size=_stream_size(split, spec, settings), relabel=relabel)
-    if not len(split):
+    if not split.streamed and not len(split):
         raise ApartError(f"split {name!r} of {spec.path} is empty.")
-    labels = split.labels()
-    bad = np.flatnonzero(~((labels >= 0) & (labels < len(names))))
-    if len(bad):
-        raise ApartError(
-            f"split {name!r}: {len(bad)} labels are outside 0..{len(names) - 1}, the first at index {bad[0]} "
-            f"({labels[bad[0]]}); correct the labels, or choose a labelled split."
-        )
-    return replace(split, relabel=relabel)
+    return split
+
+
+def _checked(split: Split, spec: DatasetSpec, names: list[str], settings: DataSettings, from_one: bool) -> Split:
+    """Check the labels of a split and put them in the order of `names`."""
+    flexible = (settings.class_map or settings.class_names or settings.class_order) is not None
+    relabel = relabelling(split, names, from_one, flexible, str(spec.train_split))
+    split = replace(split, relabel=relabel)
+    if settings.streaming:
+        return replace(split, size=_stream_size(split, spec, settings))
+    check_labels(split, len(names))
+    return split
 
 
 def _stream_size(split: Split, spec: DatasetSpec, settings: DataSettings) -> int | None:
     """Count the rows of a stream: as given, as its dataset says, as registered, or by reading a folder."""
-    is_train = split.name == spec.train_split
+    is_train = settings.only is None and split.name == spec.train_split
     if is_train and settings.train_num_samples is not None:
         return settings.train_num_samples
     known = (split.data.info.splits or {}).get(split.name)

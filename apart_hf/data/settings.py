@@ -22,7 +22,10 @@ class DataSettings:
         streaming: read images as they come.
         train_num_samples: images in the training split, of a stream that does not tell.
         skip_bad: images that cannot be decoded are no error.
-        class_names: what `class_map` holds, where it is in no file.
+        class_names: the classes that a model or a run records; the data are put in their order.
+        class_order: the order of the classes, where the data have just these.
+        only: load one split, to train on or to evaluate on, which is then both of `ImageData`; it may have some of
+            `class_names` alone.
     """
 
     dataset: str = "demo"
@@ -40,6 +43,8 @@ class DataSettings:
     train_num_samples: int | None = None
     skip_bad: bool = False
     class_names: tuple[str, ...] | None = None
+    class_order: tuple[str, ...] | None = None
+    only: Literal["train", "val"] | None = None
 
     @property
     def named(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from apart_hf.errors import ApartError
-from apart_hf.hub.model_folder import Exported, model_cards_folder
+from apart_hf.hub.model_folder import CLASS_MAP, Exported, model_cards_folder, weights_folder
 from apart_hf.hub.training_record import Claim, TrainingRecord
 from apart_hf.models import is_registered_here
 from apart_hf.strategies.methods import METHODS
@@ -32,7 +32,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
     model = Exported.read(folder)
     training, method = model.training, model.training.method or ""
     height, width = model.config["pretrained_cfg"]["input_size"][1:]
-    data_name = model.data.name
+    data_record, data_name = model.data, model.data.name
     card = ModelCard.from_template(
         _card_data(model, repo_id),
         template_path=str(model_cards_folder() / "card.md"),
@@ -53,6 +53,8 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         width=width,
         height=height,
         has_names=bool(model.config.get("label_names")),
+        has_class_map=(weights_folder(folder) / CLASS_MAP).is_file(),
+        timm_reader=data_record.timm_reader,
         has_plot=model.has_plot,
         settings=_settings(training),
         classes=model.config["num_classes"],

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from apart_hf.errors import ApartError
-from apart_hf.hub.model_folder import CONFIG, WEIGHTS, update_record
+from apart_hf.hub.model_folder import CLASS_MAP, CONFIG, WEIGHTS, update_record
 from apart_hf.utils.files import sha256
 
 # What describes the weights that training started from, and is not true of ours.
@@ -37,7 +37,7 @@ def export_folder(
     apart: dict[str, Any],
     license: str | None = None,
 ) -> None:
-    """Write model.safetensors and config.json, replacing `folder` as a whole.
+    """Write model.safetensors, config.json and class_map.txt, replacing `folder` as a whole.
 
     Args:
         model: a timm model, unwrapped.
@@ -65,12 +65,18 @@ def export_folder(
         save_for_hf(plain, str(new), model_config=config, safe_serialization=True, data_config=data_config)
         check_expressible(plain, new, data_config["input_size"])
         update_record(new, sha256=sha256(new / WEIGHTS))
+        write_class_map(new / CLASS_MAP, label_names)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     # safetensors makes its file private; a folder to be shared gets the permissions of its other file
     (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode & 0o777)
     _replace(folder)
+
+
+def write_class_map(file: Path, names: list[str]) -> None:
+    """Write class names by index, one a line: timm's `--class-map`, for its reader of image folders."""
+    file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def copy_folder(source: Path, folder: Path) -> None:

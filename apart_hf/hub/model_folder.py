@@ -12,6 +12,7 @@ from apart_hf.hub.training_record import Claim, DataRecord, TrainingRecord
 from apart_hf.utils.files import sha256
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CLASS_MAP = "class_map.txt"  # class names by index, one a line, as timm's --class-map takes them
 
 
 def update_record(folder: Path, **entries: Any) -> None:

@@ -17,6 +17,7 @@ from apart_hf.errors import ApartError
 from apart_hf.hub.card import comparison, make_card
 from apart_hf.hub.export import probe
 from apart_hf.hub.model_folder import (
+    CLASS_MAP,
     CONFIG,
     WEIGHTS,
     Exported,
@@ -29,7 +30,8 @@ from apart_hf.hub.pretrained import load_pretrained
 from apart_hf.models import is_registered_here
 
 CARD = "README.md"
-PUBLISHED = (WEIGHTS, CONFIG, CARD, "metrics.jsonl", "compared_with.jsonl", "test.json", "plots/training.png")
+MODEL = (WEIGHTS, CONFIG, CLASS_MAP)
+PUBLISHED = (*MODEL, CARD, "metrics.jsonl", "compared_with.jsonl", "test.json", "plots/training.png")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
     staged = folder if weights == folder else folder / "hub"
     if staged != folder:
         for name in PUBLISHED:
-            source = weights / name if name in (WEIGHTS, CONFIG) else folder / name
+            source = weights / name if name in MODEL else folder / name
             if name != CARD and source.exists():
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, staged / name)

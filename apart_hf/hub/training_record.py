@@ -17,6 +17,7 @@ class DataRecord:
         split: that was trained on.
         images: how many.
         whole: results are of that dataset's own split, not of a part of it.
+        timm_reader: in what timm's own reader of image folders sees other classes; None: it sees the same.
     """
 
     name: str | None = None
@@ -25,6 +26,7 @@ class DataRecord:
     split: str | None = None
     images: int | None = None
     whole: bool = False
+    timm_reader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,16 @@ class TrainingRecord:
     def to_dict(self) -> dict[str, Any]:
         """The block, as `from_dict` reads it; results, checksum and comparison only where they are there."""
         block = {"method": self.method, **self.hyper, "passes": self.passes, "dataset": self.dataset}
-        block["data"] = None if self.data is None else asdict(self.data)
+        block["data"] = None if self.data is None else _there(asdict(self.data), {"timm_reader"})
         block |= {key: getattr(self, key) for key in ("settings", "recipe", "seed", "base_model", "versions", "commit")}
         if self.results is not None:
             block["results"] = self.results.to_dict()
         later = {key: getattr(self, key) for key in ("sha256", "compared_with")}
         return block | {key: value for key, value in later.items() if value is not None}
+
+
+def _there(values: dict[str, Any], optional: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None or key not in optional}
 
 
 def _of(kind: type, values: Any) -> Any:

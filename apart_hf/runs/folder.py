@@ -14,8 +14,8 @@ from torch import nn
 from apart_hf.config.train_config import CompleteConfig
 from apart_hf.config.yaml_file import write_config
 from apart_hf.data import Split
-from apart_hf.hub.export import copy_folder, export_folder
-from apart_hf.hub.model_folder import update_record
+from apart_hf.hub.export import copy_folder, export_folder, write_class_map
+from apart_hf.hub.model_folder import CLASS_MAP, update_record
 from apart_hf.hub.training_record import Claim, TrainingRecord
 from apart_hf.runs.history import History
 from apart_hf.runs.report import plot_training
@@ -59,6 +59,7 @@ class RunFolder:
             for name in ("metrics.jsonl", "test.json"):
                 (self.path / name).unlink(missing_ok=True)
             self._write_settings()
+            write_class_map(self.path / CLASS_MAP, self.class_names)
             (self.path / "plots").mkdir(exist_ok=True)
 
     def go_on(self, history: History, done: bool) -> bool:

@@ -18,12 +18,12 @@ def make_folder(config: TrainConfig) -> tuple[Path, bool]:
     Raises:
         ApartError: where it cannot be made, or holds what is not a run's.
     """
-    folder = _find(config)
+    folder = find_folder(config)
     return folder, _make(folder, config.resume)
 
 
-def _find(config: TrainConfig) -> Path:
-    """The folder of a run; it need not be there yet.
+def find_folder(config: TrainConfig) -> Path:
+    """Find the folder of a run; it need not be there yet.
 
     Raises:
         ApartError: where `config.resume` names a folder without checkpoints.

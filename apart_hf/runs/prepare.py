@@ -18,7 +18,7 @@ from torch import nn
 
 from apart_hf.config.defaults import fill_from_data, learning_rate
 from apart_hf.config.train_config import CompleteConfig, FilledConfig, TrainConfig
-from apart_hf.data import ImageData, Loaders, load_image_data
+from apart_hf.data import ImageData, Loaders
 from apart_hf.data.fingerprint import data_digest
 from apart_hf.hub.publish import check_access
 from apart_hf.runs.checkpoints import Checkpoints
@@ -28,6 +28,7 @@ from apart_hf.runs.interruption import StopRequest
 from apart_hf.runs.location import make_folder
 from apart_hf.runs.model import make_model
 from apart_hf.runs.record import training_record
+from apart_hf.runs.recorded_classes import load_in_recorded_order
 from apart_hf.runs.report import describe_data
 from apart_hf.runs.resume import go_on, lock
 from apart_hf.runs.run import Run
@@ -98,8 +99,9 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
 def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
     """The data, of which one process fills the cache; where it cannot, all say why."""
     loaded: list[ImageData] = []
-    from_main_process(accelerator, lambda: loaded.append(load_image_data(data_settings(config))))
-    return loaded[0] if loaded else load_image_data(data_settings(config))
+    settings = data_settings(config)
+    from_main_process(accelerator, lambda: loaded.append(load_in_recorded_order(settings, config)))
+    return loaded[0] if loaded else load_in_recorded_order(settings, config)
 
 
 def _make_trainer(

@@ -85,5 +85,11 @@ def _data(config: TrainConfig, data: ImageData) -> DataRecord:
         whole = config.val_fraction is None or data.test is not None
     hub_id = data.spec.hub_id if known is not None else data.spec.path if not data.spec.local else None
     return DataRecord(
-        config.dataset if known is not None else None, hub_id, data.spec.config, data.train.name, len(data.train), whole
+        config.dataset if known is not None else None,
+        hub_id,
+        data.spec.config,
+        data.train.name,
+        len(data.train),
+        whole,
+        data.timm,
     )

@@ -27,10 +27,23 @@ def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, i
         f"data: {len(data.train):,} training and {count} evaluation images, {len(data.class_names)} classes, "
         f"input {'x'.join(map(str, input_size))}, loader: {loader}"
     )
+    lines.append(f"data: {describe_columns(data)}")
+    lines += [f"data: {note}." for note in data.notes]
+    if data.timm is not None:
+        lines.append(f"data: {data.timm}.")
     if config.val_fraction is not None:
         test = f"split {data.test.name!r} is looked at once, at the end" if data.test else "there is no test split"
         lines.append(f"data: evaluation is on {config.val_fraction:g} of split {data.train.name!r}; {test}")
     return lines
+
+
+def describe_columns(data: ImageData) -> str:
+    """Say which splits and columns the images and labels are from."""
+    spec = data.spec
+    names = [name for name in (spec.train_split, spec.val_split) if name is not None]
+    if data.labels_from is not None:
+        return f"splits {', '.join(names)} of {spec.path}; labels are told by {data.labels_from}"
+    return f"splits {', '.join(names)}; images from column {spec.input_key!r}, labels from {spec.target_key!r}"
 
 
 def describe_epoch(metrics: EpochMetrics) -> list[str]:

@@ -160,7 +160,7 @@ def snapshot(model):
 
 
 # what a pushed run consists of, and its name in the tests
-PUSHED = {"model.safetensors", "config.json", "README.md", "metrics.jsonl", "plots/training.png"}
+PUSHED = {"model.safetensors", "config.json", "class_map.txt", "README.md", "metrics.jsonl", "plots/training.png"}
 REPO = "user/demo-test_resnet-apart"
 
 

@@ -53,3 +53,19 @@ def labelled(count=6, names=("cat", "dog"), label="label", labels=None, column="
     values = labels if labels is not None else [i % len(names) for i in range(count)]
     kind = ClassLabel(names=list(names)) if names else Value("int64")
     return Dataset.from_dict({column: images(count), label: values}, features=Features({column: Image(), label: kind}))
+
+
+def write_images(root, *paths, size=(8, 8)):
+    """Image files at these paths below `root`, each of one grey of its own; of a folder "a/" two images."""
+    for number, path in enumerate(paths):
+        for name in [f"{path}{i}.png" for i in range(2)] if path.endswith("/") else [path]:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            PIL.new("RGB", size, (number, len(name), 0)).save(root / name)
+    return str(root)
+
+
+def write_classes(root, *splits, classes=("a", "b"), count=2):
+    """Class folders of `count` images in each of these splits."""
+    return write_images(
+        root, *(f"{split}/{name}/{i}.png" for split in splits for name in classes for i in range(count))
+    )
