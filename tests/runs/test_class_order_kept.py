@@ -35,9 +35,11 @@ def trained(data, tmp_path_factory):
 
 
 @pytest.fixture
-def code_points(monkeypatch):
-    """Class folders in the order of apart_hf 0.1.0."""
-    monkeypatch.setattr(image_folder, "in_order", lambda names: sorted(set(names)))
+def code_points():
+    """Class folders in the order of apart_hf 0.1.0, until it is undone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_folder, "in_order", lambda names: sorted(set(names)))
+        yield patch
 
 
 def label_names(run):
@@ -67,7 +69,7 @@ def _plain(model):
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
-def test_a_run_of_the_old_order_goes_on_in_it(evaluated, data, tmp_path, code_points, monkeypatch):
+def test_a_run_of_the_old_order_goes_on_in_it(evaluated, data, tmp_path, code_points):
     more = {"epochs": 3, "padding": 0}
     whole = train(settings(data, tmp_path / "whole", **more))
     assert label_names(whole) == BY_CODE_POINT
@@ -78,23 +80,23 @@ def test_a_run_of_the_old_order_goes_on_in_it(evaluated, data, tmp_path, code_po
     if not evaluated:
         shutil.rmtree(part / "last")
         shutil.rmtree(part / "best")
-    monkeypatch.undo()
+    code_points.undo()
     assert_equal_runs(whole, train(settings(data, part.parent, **more, resume="auto")))
     assert label_names(part) == BY_CODE_POINT
 
 
-def test_a_run_keeps_its_order_in_its_first_epoch(data, tmp_path, code_points, monkeypatch):
-    with monkeypatch.context() as patch:
+def test_a_run_keeps_its_order_in_its_first_epoch(data, tmp_path, code_points):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
         with pytest.raises(RuntimeError, match="cut off"):
             train(settings(data, tmp_path, padding=0))
-    monkeypatch.undo()
+    code_points.undo()
     assert label_names(train(settings(data, tmp_path, padding=0, resume="auto"))) == BY_CODE_POINT
 
 
-def test_weights_of_the_old_order_are_taken_and_measured_in_it(data, tmp_path, code_points, monkeypatch, capsys):
+def test_weights_of_the_old_order_are_taken_and_measured_in_it(data, tmp_path, code_points, capsys):
     old = train(settings(data, tmp_path / "old", padding=0, epochs=3, lr=0.05))
-    monkeypatch.undo()
+    code_points.undo()
     validate(["--checkpoint", str(old), "--data-dir", data, "--json"])
     assert json.loads(capsys.readouterr().out)["holds"]
     weights = str(old / "last/model.safetensors")
