@@ -121,7 +121,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
     Raises:
         ApartError: where a class has no row in one of the two.
     """
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, counts = np.unique(labels, return_counts=True)  # in order
     shares = fraction * counts
     taken = np.floor(shares).astype(int)
     missing = round(fraction * len(labels)) - int(taken.sum())
@@ -134,6 +134,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
             "would be for validation; training and validation need one of every class, take another fraction."
         )
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, taken)]
-    part = np.sort(np.concatenate(drawn))
-    return np.setdiff1d(np.arange(len(labels)), part), part
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    is_drawn = np.zeros(len(labels), dtype=bool)
+    for rows, count in zip(by_class, taken):
+        is_drawn[rng.permutation(rows)[:count]] = True
+    return np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn)
