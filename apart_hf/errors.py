@@ -25,7 +25,7 @@ class ApartError(ValueError):
 
 
 class OneProcessError(ApartError):
-    """Bad input that only one process of a run may have met, so it is that one that tells."""
+    """Bad input that one process of a run has met: it tells, whether others have met the like or not."""
 
 
 def one_line(error: ApartError) -> str:

@@ -12,6 +12,7 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.config.yaml_file import write_config
 from apart_hf.utils.command_line import run_command
 from apart_hf.utils.processes import rank
+from apart_hf.utils.said_once import is_first_to_say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,7 +32,7 @@ def _run(config: TrainConfig) -> None:
     try:
         train(config)
     except Interrupted as stopped:
-        if rank() == 0 or isinstance(stopped, ProcessLost):
+        if isinstance(stopped, ProcessLost) or is_first_to_say("stopped"):  # each in other words
             process = f"process {rank()}: " if rank() else ""
             print(f"{process}{stopped} To go on: the same command with --resume auto.", file=sys.stderr)
         sys.exit(EXIT_CODE)

@@ -17,6 +17,7 @@ from apart_hf.hub.model_folder import Exported
 from apart_hf.hub.pretrained import find_pretrained, load_pretrained
 from apart_hf.hub.training_record import DataRecord, TrainingRecord
 from apart_hf.training.evaluation import evaluate
+from apart_hf.utils.accelerator import start_accelerator
 from apart_hf.utils.command_line import Parser, run_command
 from apart_hf.utils.processes import use_threads
 
@@ -51,7 +52,7 @@ def _run(args: argparse.Namespace) -> None:
     precision = {"bfloat16": "bf16", "float16": "fp16" if torch.cuda.is_available() else "no"}.get(
         training.settings.get("amp_dtype", "float32"), "no"
     )
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = start_accelerator(mixed_precision=precision, dynamo_backend="no")
     use_threads(None, accelerator.num_processes)
     data = measured_images(args, model, streaming=args.streaming)
     for note in data.notes:

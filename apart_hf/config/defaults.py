@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from apart_hf.data import ImageData
 
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what accelerate calls each `amp_dtype`
+
 
 def fill_defaults(config: TrainConfig) -> FilledConfig:
     """Decide every None that depends on other settings alone; touches no data.
@@ -80,7 +82,7 @@ def fill_from_data(
     found = {key: getattr(data.spec, key) for key in ("train_split", "val_split", "input_key", "target_key")}
     found |= {
         "lr": learning_rate(config, accelerator.num_processes),
-        "amp_dtype": {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision],
+        "amp_dtype": {name: dtype for dtype, name in PRECISIONS.items()}[accelerator.mixed_precision],
         "threads": threads,
         "num_classes": len(data.class_names),
         "img_size": img_size,

@@ -1,14 +1,11 @@
-"""What a run is made of, from its settings: accelerator, data settings, optimizer, scheduler."""
+"""What a run is made of, from its settings: data settings, loader settings, optimizer, scheduler."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -17,38 +14,6 @@ from torch import nn
 from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import DataSettings, LoaderSettings
 from apart_hf.errors import ApartError, first_line
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    precision = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype]
-    for variable, name in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-    ):
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise ApartError(
-                f"{name} shards weights or gradients, which the second pass needs whole on each process; launch with "
-                "plain data parallelism (accelerate launch --multi_gpu)."
-            )
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=config.report_to,
-        project_dir=config.output,
-        gradient_accumulation_steps=config.grad_accum_steps,
-        dynamo_backend="inductor" if config.torchcompile else None,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ApartError("float16 needs a GPU (accelerate scales no gradients on the CPU); use --amp-dtype bfloat16.")
-    if config.expect_processes not in (None, accelerator.num_processes):
-        raise ApartError(
-            f"{accelerator.num_processes} process(es) were started, not {config.expect_processes}; accelerate launch "
-            "--cpu starts one: use torchrun, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
-        )
-    if config.sync_bn and accelerator.device.type == "cpu":
-        raise ApartError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU; leave the flag out.")
-    return accelerator
 
 
 def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:

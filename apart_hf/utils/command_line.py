@@ -13,13 +13,15 @@ from typing import Any, NoReturn, TextIO
 
 from apart_hf.errors import ApartError, OneProcessError, one_line
 from apart_hf.utils.processes import rank
+from apart_hf.utils.said_once import is_first_to_say
 
 
 class Parser(argparse.ArgumentParser):
     """Parses a command line; bad input ends in one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
+        text = f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n"
+        self.exit(2, text if is_first_to_say(text) else None)
 
 
 def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -36,16 +38,17 @@ def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 def run_command(command: Callable[[str], object]) -> None:
     """Run `command(prog)`; an ApartError ends in one line on stderr and exit code 2.
 
-    The line is that of the first process, or of the one that met the error.
+    Of several processes that meet it, one says it.
     """
     prog = Path(sys.argv[0]).name
     try:
         with forgiving_output(), logging_to_output():
             command(prog)
     except ApartError as error:
-        if rank() == 0 or isinstance(error, OneProcessError):
+        text = one_line(error)
+        if isinstance(error, OneProcessError) or is_first_to_say(text):
             process = f"process {rank()}: " if rank() else ""
-            print(f"{prog}: error: {process}{one_line(error)}", file=sys.stderr, flush=True)
+            print(f"{prog}: error: {process}{text}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

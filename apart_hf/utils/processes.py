@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from apart_hf.errors import ApartError
+from apart_hf.utils.launcher import launch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +27,7 @@ def cores() -> int:
 
 def rank() -> int:
     """Return the number of this process in its run, also before there is an accelerator to ask."""
-    return int(os.environ.get("RANK", 0))
+    return launch().rank
 
 
 def from_main_process(accelerator: Accelerator, call: Callable[[], Result]) -> Result:

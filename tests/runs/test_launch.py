@@ -48,3 +48,13 @@ def test_two_processes(little, tmp_path):
     assert {entry.name for entry in folder.iterdir()} == RUN_FILES
     found = metrics(folder / "last", f"{little}/test.parquet")
     assert found["eval_loss"] == pytest.approx(last_line(folder)["eval_loss"], rel=1e-4)
+
+
+def test_two_processes_that_accelerate_does_not_join(tmp_path):
+    """Each of them would train by itself, into the same folder."""
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2".split()
+    result = run(*launch, ROOT / "scripts/train.py", *FAST, "--output", tmp_path / "runs", ACCELERATE_USE_CPU="false")
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert "2 processes were started (WORLD_SIZE=2)" in said and said.endswith("set ACCELERATE_USE_CPU=true.")
+    assert "exitcode  : 2 " in result.stderr and result.returncode != 0
+    assert not any(tmp_path.iterdir())

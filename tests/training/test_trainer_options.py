@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from apart_hf import ApartError, create_strategy
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data.transforms import data_config, train_transform
-from apart_hf.runs.components import make_accelerator
+from apart_hf.runs.accelerator import make_accelerator
 from apart_hf.training.trainer import Trainer
 from tests.reference import reference_step
 from tests.support.helpers import assert_same, batch, build, gradients
