@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ApartError(ValueError):
-    """Bad input: the message is one line that says what is wrong, with the numbers, and the cure.
+    """Tells of bad input: the message is one line that says what is wrong, with the numbers, and the cure.
 
     It is a ValueError. Scripts print it and exit with code 2; every other exception is a fault of the program and keeps
     its traceback.
@@ -25,7 +25,7 @@ class ApartError(ValueError):
 
 
 class OneProcessError(ApartError):
-    """Bad input that one process of a run has met: it tells, whether others have met the like or not."""
+    """Tells of bad input that one process of a run has met: it says so, whether others have met the like or not."""
 
 
 def one_line(error: ApartError) -> str:

@@ -39,7 +39,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Pre-activation residual network for small images (He et al. 2016; Zagoruyko and Komodakis 2016).
+    """Stacks pre-activation residual blocks, for small images (He et al. 2016; Zagoruyko and Komodakis 2016).
 
     Args:
         widths: channels of each stage; from the second on, a stage halves the resolution.

@@ -17,7 +17,7 @@ def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
 
 
 class _PerturbedBatchNorm(torch.autograd.Function):
-    """Compute Eq. 3 by batch-norm kernels; see `perturbed_batch_norm` for the symbols.
+    """Computes Eq. 3 by batch-norm kernels; see `perturbed_batch_norm` for the symbols.
 
     With w = gamma (1 + delta_sigma), the output is w x_hat + beta - w delta_mu (mu/sigma). The last term is constant
     over a channel of a group, so neither pass of the backward touches an activation beyond what BN itself does.

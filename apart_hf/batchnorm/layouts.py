@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Grouping(NamedTuple):
-    """How the rows of x, (N * rows, C, ...), are spread over groups of samples.
+    """Says how the rows of x, (N * rows, C, ...), are spread over groups of samples.
 
     Args:
         groups: their number, n; divides N.

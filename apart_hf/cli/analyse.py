@@ -30,12 +30,12 @@ RADII = "0,0.02,0.05,0.1,0.15,0.2,0.3,0.4"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit code 0, or 2 for bad input."""
+    """Run the command; its exit code is 0, or 2 for bad input."""
     run_command(lambda prog: _run(_arguments(arguments, prog)))
 
 
 def _list_of(kind: Callable[[str], Any], least: float) -> Callable[[str], list]:
-    """A type for argparse: numbers from `least` to 2**31 - 1 between commas; each once, in order."""
+    """Make a type for argparse: numbers from `least` to 2**31 - 1 between commas; each once, in order."""
 
     def numbers(text: str) -> list:
         found = sorted({kind(part) for part in text.split(",")})
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _measured(args: argparse.Namespace, labels: list[str], accelerator: Accelerator) -> list[dict[str, Any]]:
-    """The rows of all models."""
+    """Measure all models, and return their rows."""
     rows = []
     for label, checkpoint in zip(labels, args.checkpoint):
         model, batches = _load(args, checkpoint, accelerator)
@@ -132,7 +132,7 @@ def _measured(args: argparse.Namespace, labels: list[str], accelerator: Accelera
 
 
 def _labels(args: argparse.Namespace) -> list[str]:
-    """What the models are called in figure and table."""
+    """Name the models as figure and table call them."""
     labels = args.label or [Path(checkpoint).resolve().name for checkpoint in args.checkpoint]
     if len(labels) != len(args.checkpoint) or len(set(labels)) < len(labels):
         raise ApartError(
@@ -142,7 +142,7 @@ def _labels(args: argparse.Namespace) -> list[str]:
 
 
 def _files(args: argparse.Namespace) -> list[Path]:
-    """Table and picture to write, in a folder that is there."""
+    """Name the table and the picture to write, in a folder that is there."""
     folder = Path(args.output)
     files = [folder / f"{args.figure}.{kind}" for kind in ("csv", "png")]
     try:
@@ -158,7 +158,7 @@ def _files(args: argparse.Namespace) -> list[Path]:
 
 
 def _load(args: argparse.Namespace, checkpoint: str, accelerator: Accelerator) -> tuple[nn.Module, DataLoader]:
-    """A model, and its images in an order that depends on the seed alone."""
+    """Load a model, and its images in an order that depends on the seed alone."""
     model, _ = load_pretrained(checkpoint)
     data = measured_images(args, model, only=args.only)
     chosen = np.random.default_rng(args.seed).permutation(len(data.val))[: args.images]

@@ -18,7 +18,7 @@ from apart_hf.utils.hub_client import attempt, check_repo_id
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit code 0 when all is there (or, with --dry-run, would be), 2 with one line where not."""
+    """Run the command; its exit code is 0 when all is there (with --dry-run, would be), 2 with one line where not."""
     run_command(lambda prog: _run(_arguments(arguments, prog)))
 
 

@@ -15,7 +15,7 @@ from apart_hf.utils.command_line import Parser, run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Bad input ends in one line and exit code 2; a stop that can be resumed in 75."""
+    """Run the command; its exit code is 2, with one line, for bad input, and 75 after a stop that can be resumed."""
     run_command(lambda prog: _run(_arguments(arguments, prog)))
 
 
@@ -37,9 +37,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def request_of(args: argparse.Namespace) -> TableRequest:
-    """The arguments as a `TableRequest`.
+    """Make a `TableRequest` of the arguments.
 
-    Raises: ApartError where they are none.
+    Raises:
+        ApartError: where they are none.
     """
     part, slash, parts = args.shard.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal()):

@@ -16,7 +16,7 @@ from apart_hf.utils.said_once import is_first_to_say
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: bad input ends in one line on stderr and exit code 2."""
+    """Run the command; bad input ends in one line on stderr and exit code 2."""
     run_command(lambda prog: _run(parse_arguments(arguments, prog=prog)))
 
 

@@ -25,7 +25,7 @@ TOLERANCE = 0.05  # per cent of top-1: another machine rounds otherwise
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit code 0 where the claim holds or there is none, 1 where it does not, 2 for bad input."""
+    """Run the command; its exit code is 0 where the claim holds or there is none, 1 where not, 2 for bad input."""
     run_command(lambda prog: _run(_arguments(arguments, prog)))
 
 
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _same_images(args: argparse.Namespace, found: dict, training: TrainingRecord) -> bool:
-    """Whether the claim is of the images that were measured, as far as their names and number tell."""
+    """Tell whether the claim is of the images that were measured, as far as their names and number tell."""
     claim, data = training.results, training.data or DataRecord()
     if claim is None or not same_split(claim.split, found["split"]) or claim.images != found["images"]:
         return False

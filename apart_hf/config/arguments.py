@@ -14,11 +14,12 @@ from apart_hf.utils.command_line import Parser
 
 
 def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = None) -> TrainConfig:
-    """The command line as a `TrainConfig`: flags before the file of --config before --recipe before defaults.
+    """Read the command line: flags go before the file of --config, that before --recipe, that before defaults.
 
     Exits with code 2 and one line where the command line cannot be read.
 
-    Raises: ApartError for a value out of range, or a file or recipe that is not there.
+    Raises:
+        ApartError: for a value out of range, or a file or recipe that is not there.
     """
     parser = Parser(
         prog=prog,
@@ -41,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
 
 
 def _argument(setting: Setting) -> dict[str, Any]:
-    """What argparse is told of a setting, beside its flags."""
+    """Return what argparse is told of a setting, beside its flags."""
     help = setting.help.replace("%", "%%")
     if setting.kind is bool:
         return {"help": help, "action": argparse.BooleanOptionalAction}
@@ -55,7 +56,7 @@ def _argument(setting: Setting) -> dict[str, Any]:
 
 
 def _layered(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers go before earlier ones; another method takes no hyper-parameters from the layers below it."""
+    """Join layers: later ones go before earlier; another method takes no hyper-parameters from the layers below it."""
     merged: dict[str, Any] = {}
     for layer in layers:
         if layer.get("method", merged.get("method")) != merged.get("method"):

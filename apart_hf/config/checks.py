@@ -75,7 +75,7 @@ def _check_together(config: TrainConfig) -> None:
 
 
 def check_names(config: TrainConfig) -> None:
-    """What can be refused before any library is asked."""
+    """Refuse what can be refused before any library is asked."""
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
     find_dataset(config.dataset, config.data_dir)

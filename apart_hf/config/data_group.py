@@ -14,7 +14,7 @@ _setting = partial(setting, group="data")
 
 @dataclass(frozen=True)
 class DataGroup:
-    """What is trained and evaluated on."""
+    """Says what is trained and evaluated on."""
 
     dataset: str = _setting(
         "demo",

@@ -24,7 +24,8 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what ac
 def fill_defaults(config: TrainConfig) -> FilledConfig:
     """Decide every None that depends on other settings alone; touches no data.
 
-    Raises: ApartError where the length of the training does not fit its schedule.
+    Raises:
+        ApartError: where the length of the training does not fit its schedule.
     """
     settings = vars(config) | {key: value for key, value in _usual(config).items() if getattr(config, key) is None}
     epochs, milestones = settings["epochs"], config.decay_milestones
@@ -49,12 +50,12 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
 
 
 def plain_epochs(config: TrainConfig) -> int:
-    """How many epochs there are before a budget is shared over the method's passes."""
+    """Return how many epochs there are before a budget is shared over the method's passes."""
     return config.epochs if config.epochs is not None else _usual(config)["epochs"]
 
 
 def _usual(config: TrainConfig) -> dict[str, Any]:
-    """What the dataset and the method suggest for the settings that are left open."""
+    """Return what the dataset and the method suggest for the settings that are left open."""
     usual = {"epochs": 200, "batch_size": 128, "lr": 0.1, "sched": "multistep", "weight_decay": 5e-4}
     usual |= find_dataset(config.dataset, config.data_dir).defaults
     known = METHODS[config.method].hyper_parameters()
@@ -92,7 +93,7 @@ def fill_from_data(
 
 
 def learning_rate(config: FilledConfig, processes: int) -> float:
-    """`lr`, or what becomes of `lr_base` for the images that all processes take a step."""
+    """Return `lr`, or what becomes of `lr_base` for the images that all processes take a step."""
     if config.lr is not None:
         return config.lr
     images = config.batch_size * processes * config.grad_accum_steps

@@ -14,7 +14,7 @@ _model_setting = partial(setting, group="model")
 
 @dataclass(frozen=True)
 class ModelGroup:
-    """Which network is trained, and from which weights."""
+    """Says which network is trained, and from which weights."""
 
     model: str = _model_setting(
         "resnet18",
@@ -90,7 +90,7 @@ _method_setting = partial(setting, group="method", in_tables=False)
 
 @dataclass(frozen=True)
 class MethodGroup:
-    """How p.grad is filled: the method and its hyper-parameters, which a table's rows decide."""
+    """Says how p.grad is filled: the method and its hyper-parameters, which a table's rows decide."""
 
     method: str = _method_setting("apart", _METHODS, role="what", metavar="NAME")
     epsilon: float | None = _method_setting(

@@ -13,7 +13,7 @@ _setting = partial(setting, group="optimisation")
 
 @dataclass(frozen=True)
 class OptimisationGroup:
-    """How the weights are moved by their gradients."""
+    """Says how the weights are moved by their gradients."""
 
     epochs: int | None = _setting(None, "length in epochs [200; demo: 6]", role="what", least=1, recorded=1)
     budget: float | None = _setting(
@@ -51,9 +51,14 @@ class OptimisationGroup:
         least=0,
         decides="lr",
     )
-    lr_base_size: int = _setting(256, "images a step that --lr-base is meant for", role="what", least=1)
+    lr_base_size: int = _setting(
+        256, "images a step that --lr-base is meant for", role="what", least=1, idle_without="lr_base"
+    )
     lr_base_scale: Literal["linear", "sqrt"] | None = _setting(
-        None, "how --lr grows with the batch [sqrt for ada* and lamb optimizers, else linear]", role="what"
+        None,
+        "how --lr grows with the batch [sqrt for ada* and lamb optimizers, else linear]",
+        role="what",
+        idle_without="lr_base",
     )
     momentum: float = _setting(0.9, "SGD momentum", role="what", least=0, recorded=6, recorded_by_default=True)
     weight_decay: float | None = _setting(

@@ -63,9 +63,10 @@ RECIPES = _recipes()
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe.
+    """Return the settings of a recipe.
 
-    Raises: ApartError for an unknown name.
+    Raises:
+        ApartError: for an unknown name.
     """
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
@@ -73,12 +74,13 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def budgeted(epochs: int, milestones: list[int] | None, budget: float, passes: float) -> tuple[int, list[int] | None]:
-    """Epochs and milestones for a budget in units of the given epochs of plain training (Section 4.1).
+    """Compute epochs and milestones for a budget in units of the given epochs of plain training (Section 4.1).
 
     A method whose step costs so many `passes` over the batch gets budget / passes times the epochs: 200 epochs of
     APART with N = M are budget 2.
 
-    Raises: ApartError where less than an epoch is left.
+    Raises:
+        ApartError: where less than an epoch is left.
     """
     factor = budget / passes
     if not 0.5 <= epochs * factor < 1e9:

@@ -14,7 +14,7 @@ _command_setting = partial(setting, group="settings")
 
 @dataclass(frozen=True)
 class CommandGroup:
-    """Where further settings are read, and what is done with all of them."""
+    """Says where further settings are read, and what is done with all of them."""
 
     config: str | None = _command_setting(
         None, "YAML file of settings, as runs write them; flags win", role="command", metavar="FILE"
@@ -37,7 +37,7 @@ _publishing_setting = partial(setting, group="publishing")
 
 @dataclass(frozen=True)
 class PublishingGroup:
-    """Whether and how the finished model is published."""
+    """Says whether and how the finished model is published."""
 
     license: str | None = _publishing_setting(
         None, "of the exported weights, as the Hub spells it", role="where", metavar="NAME"
@@ -52,7 +52,7 @@ _run_setting = partial(setting, group="run")
 
 @dataclass(frozen=True)
 class RunGroup:
-    """How and where a training runs."""
+    """Says how and where a training runs."""
 
     seed: int = _run_setting(
         0,

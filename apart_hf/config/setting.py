@@ -18,7 +18,7 @@ LARGEST = 2**31 - 1  # of whole numbers
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a setting takes, or each number of a list: finite ones within the bounds.
+    """Says which numbers a setting takes, or each number of a list: finite ones within the bounds.
 
     Args:
         least: lower bound that is allowed itself; with it, a whole number is at most `LARGEST` unless `most` says less.
@@ -55,7 +55,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a run. Its first six facts are the field's own: `settings_of` fills them in.
+    """Holds what is known of one setting of a run.
+
+    Its first six facts are the field's own: `settings_of` fills them in.
 
     Args:
         name: of the field.
@@ -75,6 +77,7 @@ class Setting:
         recorded_by_default: it is recorded also where it has its default.
         range: of numbers.
         decides: the setting that this one decides, and so unsets in a file or recipe below it.
+        idle_without: the setting without which this one has no part in a result; None: it always has.
         flags: short flags.
         metavar: of the value in --help; None: N or X for numbers, the choices for others.
     """
@@ -94,12 +97,13 @@ class Setting:
     recorded_by_default: bool = False
     range: Range | None = None
     decides: str | None = None
+    idle_without: str | None = None
     flags: tuple[str, ...] = ()
     metavar: str | None = None
 
     @property
     def flag(self) -> str:
-        """The long flag."""
+        """Return the long flag."""
         return f"--{self.name.replace('_', '-')}"
 
 
@@ -143,9 +147,10 @@ def setting(
 
 
 def settings_of(config: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass by name, in the order of its fields.
+    """Return the settings of a dataclass by name, in the order of its fields.
 
-    Raises: TypeError for a field that `setting` has not made, or of a type that no flag has.
+    Raises:
+        TypeError: for a field that `setting` has not made, or of a type that no flag has.
     """
     if config not in _known:
         _known[config] = _read(config)
@@ -170,7 +175,7 @@ def _read(config: type) -> Mapping[str, Setting]:
 
 
 def _shape(hint: Any) -> tuple[Any, bool, tuple[str, ...]]:
-    """Kind of a value, whether there are many, and choices: of `X`, `X | None`, `list[X]` and `Literal[...]`."""
+    """Return kind of a value, whether there are many, and choices: of `X`, `X | None`, `list[X]` and `Literal[...]`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(one for one in typing.get_args(hint) if one is not types.NoneType)
     if typing.get_origin(hint) is list:

@@ -22,7 +22,7 @@ HYPER_PARAMETERS = sorted({key for method in METHODS.values() for key in method.
 class TrainConfig(  # fields of the last base come first
     RunGroup, PublishingGroup, OptimisationGroup, DataGroup, MethodGroup, ModelGroup, CommandGroup
 ):
-    """Settings of one training run. None stands for "decided from the others", as the help texts say.
+    """Holds the settings of one training run. None stands for "decided from the others", as the help texts say.
 
     It is never changed: `config.defaults` makes a complete one in two steps.
 
@@ -49,9 +49,10 @@ class TrainConfig(  # fields of the last base come first
 
     @property
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
-        """(steps, seconds) between checkpoints within an epoch; both None: none there.
+        """Return (steps, seconds) between checkpoints within an epoch; both None: none there.
 
-        Raises: ApartError where `checkpoint_every` is neither.
+        Raises:
+            ApartError: where `checkpoint_every` is neither.
         """
         text = self.checkpoint_every
         if text is None:
@@ -63,23 +64,23 @@ class TrainConfig(  # fields of the last base come first
 
     @property
     def dataset_name(self) -> str:
-        """For folder names and records: the dataset's name, or that of its folder without the way to it."""
+        """Name the dataset for folders and records: by its name, or that of its folder without the way to it."""
         return Path(self.data_dir).resolve().name if self.data_dir else self.dataset
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Those of the method that were given."""
+        """Return those hyper-parameters of the method that were given."""
         values = {key: getattr(self, key) for key in HYPER_PARAMETERS}
         return {key: value for key, value in values.items() if value is not None and value is not False}
 
     @property
     def trackers(self) -> list[str] | None:
-        """Those of `report_to` and `log_wandb`."""
+        """Return the trackers that `report_to` and `log_wandb` name."""
         found = self.report_to or []
         return [*found, "wandb"] if self.log_wandb and "wandb" not in found else self.report_to
 
 
 class FilledConfig(TrainConfig):
-    """A config after `fill_defaults`: what depends on other settings alone is decided."""
+    """Holds a config after `fill_defaults`: what depends on other settings alone is decided."""
 
     epochs: int
     batch_size: int
@@ -90,7 +91,7 @@ class FilledConfig(TrainConfig):
 
 
 class CompleteConfig(FilledConfig):
-    """A config after `fill_from_data`: what depends on the data, the model or the machine is decided, too."""
+    """Holds a config after `fill_from_data`: what depends on data, model or machine is decided, too."""
 
     lr: float
     amp_dtype: Literal["float32", "bfloat16", "float16"]

@@ -14,12 +14,13 @@ from apart_hf.errors import ApartError, unknown_name
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The settings in a YAML file of `key: value` lines, checked against `SETTINGS`; null stands for "not given".
+    """Read the settings in a YAML file of `key: value` lines; null stands for "not given".
 
     All but the name of the run that wrote it, so that the file repeats the run under a name of its own. `recipe` stays
     where it is null: the settings are of no recipe.
 
-    Raises: ApartError where the file cannot be read, or a key or the type of a value is wrong.
+    Raises:
+        ApartError: where the file cannot be read, or a key or the type of a value is wrong.
     """
     try:
         content = Path(path).read_bytes()
@@ -44,7 +45,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def write_config(settings: dict[str, Any]) -> str:
-    """The same as text."""
+    """Write settings as the text of such a file."""
     return yaml.safe_dump({k: v for k, v in settings.items() if SETTINGS[k].role != "command"}, sort_keys=False)
 
 
@@ -66,7 +67,7 @@ def _converted(path: str, setting: Setting, value: Any) -> Any:
 
 
 def _one(kind: type, value: Any) -> Any:
-    """YAML reads 1e-3 as text, and 1 where a float is meant; a number is no text, and 2.5 no whole number."""
+    """Convert one value: YAML reads 1e-3 as text, 1 for a float; but a number is no text, and 2.5 no whole number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise TypeError
     if kind is str and not isinstance(value, str):

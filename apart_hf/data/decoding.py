@@ -37,8 +37,9 @@ class BadImage(ValueError):
 def rgb(encoded: dict[str, Any] | None) -> PIL.Image:
     """Decode a cell of an image column; grey (also of 16 bits), palette, CMYK and alpha become RGB.
 
-    Raises: BadImage. A file that cannot be read for other reasons (too many open files, a device that fails) raises
-        the OSError that it is.
+    Raises:
+        BadImage: where it is damaged, or not there.
+        OSError: where its file cannot be read for other reasons (too many open files, a device that fails).
     """
     if encoded is None:
         raise BadImage("there is none")

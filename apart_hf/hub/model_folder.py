@@ -27,7 +27,8 @@ def update_record(folder: Path, **entries: Any) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a folder in timm's form; its "apart" block, if any, is a dict.
 
-    Raises: ApartError where it is not there or not of that form.
+    Raises:
+        ApartError: where it is not there or not of that form.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -71,7 +72,11 @@ class Exported:
 
     @classmethod
     def read(cls, folder: Path) -> Exported:
-        """Raises: ApartError where it is neither."""
+        """Read what a run, or a folder in timm's form, says of its model.
+
+        Raises:
+            ApartError: where it is neither.
+        """
         config, metrics = read_config(weights_folder(folder)), folder / "metrics.jsonl"
         try:
             training = TrainingRecord.from_dict(config["apart"])
@@ -85,12 +90,12 @@ class Exported:
 
     @property
     def data(self) -> DataRecord:
-        """What the record says of the data; nothing, where it does not say."""
+        """Return what the record says of the data; nothing, where it does not say."""
         return self.training.data or DataRecord()
 
     @property
     def results(self) -> Claim | None:
-        """What is claimed of these weights, where metrics are beside them."""
+        """Return what is claimed of these weights, where metrics are beside them."""
         return self.training.results if self.history else None
 
 

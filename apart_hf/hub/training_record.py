@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a model was trained on.
+    """Says what a model was trained on.
 
     Args:
         name: of the registered dataset; None: it is none.
@@ -31,7 +31,7 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed of weights.
+    """Says what is claimed of weights.
 
     Args:
         split: that they were evaluated on.
@@ -51,7 +51,7 @@ class Claim:
     skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The values that are there."""
+        """Return the values that are there, by name."""
         lacking = {"images"} if self.images is None else set()
         lacking |= set() if self.skipped else {"skipped"}
         return {key: value for key, value in asdict(self).items() if key not in lacking}
@@ -59,7 +59,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a model was trained. A model that was not trained here has the default of every value.
+    """Says how a model was trained. A model that was not trained here has the default of every value.
 
     Args:
         method: its name.
@@ -109,7 +109,7 @@ class TrainingRecord:
         return cls(**known, hyper={key: value for key, value in block.items() if key not in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """The block, as `from_dict` reads it; results, checksum and comparison only where they are there."""
+        """Return the block that `from_dict` reads; results, checksum and comparison only where they are there."""
         block = {"method": self.method, **self.hyper, "passes": self.passes, "dataset": self.dataset}
         block["data"] = None if self.data is None else _there(asdict(self.data), {"timm_reader"})
         block |= {key: getattr(self, key) for key in ("settings", "recipe", "seed", "base_model", "versions", "commit")}

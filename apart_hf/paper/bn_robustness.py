@@ -41,7 +41,7 @@ def attack(
     draws: int = 3,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Accuracy after APART's first step on one batch, beside random perturbations (Section 4.4, Figure 1).
+    """Measure accuracy after APART's first step on one batch, beside random perturbations (Section 4.4, Figure 1).
 
     The first batch gives g_delta by the cross-entropy, and with it delta = epsilon * sign(g_delta) for every radius
     (Algorithm 1, lines 1-5). Then all batches, that one included, are classified by Eq. 3 with this delta: each of the
@@ -58,9 +58,11 @@ def attack(
         draws: of either random perturbation; draw d is seeded by `seed` + d, for every radius alike.
         seed: of the draws.
 
-    Returns: rows with perturbation ("apart", "uniform" or "signs"), groups, epsilon, draw, images, top1 (per cent).
+    Returns:
+        Rows with perturbation ("apart", "uniform" or "signs"), groups, epsilon, draw, images, top1 (per cent).
 
-    Raises: ApartError where a value is out of range, there is no whole batch, or the model has no BatchNorm.
+    Raises:
+        ApartError: where a value is out of range, there is no whole batch, or the model has no BatchNorm.
     """
     network = copy.deepcopy(model).eval().requires_grad_(False)
     for layer in supported_layers(network).values():
@@ -94,7 +96,7 @@ def attack(
 def _shifted(
     perturbation: AdversarialStatistics | RandomStatistics, groups: int, epsilon: float, seed: int, images: Tensor
 ) -> Tensor:
-    """Logits; the direction of delta depends on the first step, or the seed, alone."""
+    """Compute logits; the direction of delta depends on the first step, or the seed, alone."""
     perturbation.groups, perturbation.epsilon = groups, epsilon
     perturbation.ascend(torch.Generator().manual_seed(seed))
     with perturbation.applied(len(images)):
@@ -104,7 +106,7 @@ def _shifted(
 def robustness(
     model: nn.Module, batches: Batches, *, epsilons: Sequence[float], draws: int = 1, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Accuracy in eval mode with scaled running statistics (Section 4.5, Figure 2); see `scaled_statistics`.
+    """Measure accuracy in eval mode with scaled running statistics (Section 4.5, Figure 2); see `scaled_statistics`.
 
     Args:
         model: with BatchNorm; left as it is.
@@ -113,9 +115,11 @@ def robustness(
         draws: directions; draw d is seeded by `seed` + d, for every radius alike.
         seed: of the directions.
 
-    Returns: rows with statistic ("mean" or "std"), epsilon, draw, images, top1 (per cent).
+    Returns:
+        Rows with statistic ("mean" or "std"), epsilon, draw, images, top1 (per cent).
 
-    Raises: ApartError where a value is out of range, or the model has no BatchNorm or no running statistics.
+    Raises:
+        ApartError: where a value is out of range, or the model has no BatchNorm or no running statistics.
     """
     network = copy.deepcopy(model).eval()
     layers = supported_layers(network)
@@ -137,7 +141,7 @@ def robustness(
 
 
 def scaled_statistics(layers: Mapping[str, _BatchNorm], statistic: str, epsilon: float, seed: int) -> dict[str, Tensor]:
-    """Buffers by name: running means mu as (1 + epsilon v) mu, or variances such that sigma is (1 + epsilon v) sigma.
+    """Scale buffers: running means mu to (1 + epsilon v) mu, or variances such that sigma is (1 + epsilon v) sigma.
 
     sigma is what a layer divides by, sqrt(var + eps). v of {-1, 1}^C is drawn for each layer and statistic, by `seed`
     and the widths of the layers alone: models of one architecture get the same. statistic: "mean" or "std".
@@ -168,7 +172,7 @@ def _check_radii(epsilons: Sequence[float], below: float = math.inf) -> None:
 
 @torch.no_grad()
 def _accuracies(batches: Batches, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """A row for each case, by a single pass over the batches."""
+    """Measure every case, a row each, by a single pass over the batches."""
     hits: list[Tensor] = []
     seen = 0
     for images, targets in batches:

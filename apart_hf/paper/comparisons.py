@@ -14,7 +14,7 @@ LEVEL = 0.95  # of one interval; all together hold at it by Bonferroni's, of 1 -
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of two rows.
+    """Holds the difference of two rows.
 
     Args:
         name: "ROW - ROW".
@@ -70,13 +70,13 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[
 
 
 def bounds(test: Any, level: float) -> tuple[float, float]:
-    """The confidence interval at `level` of scipy's result of a test."""
+    """Return the confidence interval at `level` of scipy's result of a test."""
     low, high = test.confidence_interval(level)
     return float(low), float(high)
 
 
 def holm(values: Sequence[float], tests: int) -> list[float]:
-    """p-values corrected by Holm's step-down procedure for `tests` tests, of which some may lack a value."""
+    """Correct p-values by Holm's step-down procedure for `tests` tests, of which some may lack a value."""
     order = sorted(range(len(values)), key=values.__getitem__)
     corrected, least = [0.0] * len(values), 0.0
     for rank, index in enumerate(order):
@@ -86,7 +86,7 @@ def holm(values: Sequence[float], tests: int) -> list[float]:
 
 
 def render_comparisons(comparisons: Iterable[Comparison], tests: int) -> str:
-    """A Markdown table; empty where there is nothing to compare."""
+    """Render a Markdown table; it is empty where there is nothing to compare."""
     lines = [
         f"| {one.name} | {one.seeds} | {one.mean:+.2f} | {_interval(one.interval)} | {_interval(one.wide)} | "
         f"{_p(one.p)} | {_p(one.holm)} |\n"

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def corrupted_part(request: TableRequest, config: TrainConfig) -> CorruptedImages | None:
-    """The scale's corrupted images, made once and kept beside the runs; None: it has none."""
+    """Load the scale's corrupted images, made once and kept beside the runs; None: it has none."""
     scale = SCALES[request.scale]
     part = scale.reduction
     if not scale.corruptions or part is None:

@@ -21,7 +21,7 @@ SMALLEST = 32  # pixels: the package's own bound
 
 @dataclass(frozen=True)
 class CorruptedImages:
-    """The same images under each corruption and severity.
+    """Holds the same images under each corruption and severity.
 
     Args:
         names: of the corruptions.
@@ -37,13 +37,13 @@ class CorruptedImages:
 
     @property
     def digest(self) -> str:
-        """Hash of all pixels and labels."""
+        """Hash all pixels and labels."""
         found = hashlib.sha256(np.ascontiguousarray(self.images).data)
         found.update(self.labels.astype("<i8").tobytes())
         return found.hexdigest()[:16]
 
     def __iter__(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """(name, severity, images (N, edge, edge, 3)) of each."""
+        """Give (name, severity, images (N, edge, edge, 3)) of each."""
         for name, of_name in zip(self.names, self.images):
             for severity, images in zip(self.severities, of_name):
                 yield name, severity, images
@@ -69,7 +69,8 @@ class CorruptedImages:
     def load(cls, path: Path) -> CorruptedImages:
         """Read what `save` wrote.
 
-        Raises: ApartError where it cannot be read.
+        Raises:
+            ApartError: where it cannot be read.
         """
         try:
             with np.load(path, allow_pickle=False) as found:
@@ -103,7 +104,8 @@ def corrupt_images(
         severities: of 1 to 5.
         edge: width and height in pixels to which the corrupted images are averaged; None: they keep their size.
 
-    Raises: ApartError where an image is smaller than 32 pixels, or the package is not installed.
+    Raises:
+        ApartError: where an image is smaller than 32 pixels, or the package is not installed.
     """
     check_installed()
     from imagecorruptions import get_corruption_names
@@ -129,7 +131,7 @@ def corrupt_images(
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, *, seed: Sequence[int]) -> np.ndarray:
-    """One image (height, width, 3) uint8 under one corruption; the same for the same seed."""
+    """Corrupt one image (height, width, 3) uint8; the same seed gives the same."""
     from imagecorruptions import corrupt
     from imagecorruptions.corruptions import __dict__ as functions
 

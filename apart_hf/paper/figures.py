@@ -21,7 +21,7 @@ Rows = list[dict[str, Any]]
 
 
 def plot_attack(rows: Rows, path: Path, title: str) -> None:
-    """Figure 1, as PNG: training accuracy by radius, a curve for each perturbation and number of groups.
+    """Draw Figure 1 as PNG: training accuracy by radius, a curve for each perturbation and number of groups.
 
     Args:
         rows: of `bn_robustness.attack`, with the model's name as "model".
@@ -39,7 +39,7 @@ def plot_attack(rows: Rows, path: Path, title: str) -> None:
 
 
 def plot_robustness(rows: Rows, path: Path, title: str) -> None:
-    """Figure 2, as PNG: test accuracy by radius for perturbed means and standard deviations, a curve for each model.
+    """Draw Figure 2 as PNG: test accuracy by radius of perturbed means and deviations, a curve for each model.
 
     Args:
         rows: of `bn_robustness.robustness`, with the model's name as "model".
@@ -59,7 +59,7 @@ def plot_robustness(rows: Rows, path: Path, title: str) -> None:
 
 
 def _draw(axes: Axes, rows: Rows, name_of: Callable[[dict[str, Any]], str]) -> None:
-    """A curve for each name: the mean over draws, and a band from their smallest to their largest."""
+    """Draw a curve for each name: the mean over draws, and a band from their smallest to their largest."""
     curves: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         curves.setdefault(name_of(row), {}).setdefault(row["epsilon"], []).append(row["top1"])
@@ -79,7 +79,9 @@ def _draw(axes: Axes, rows: Rows, name_of: Callable[[dict[str, Any]], str]) -> N
 
 
 def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: str) -> None:
-    """Gain in accuracy over cost, with confidence intervals, as PNG. What costs the same stands side by side.
+    """Draw the gain in accuracy over cost, with confidence intervals, as PNG.
+
+    What costs the same stands side by side.
 
     Args:
         gains: (name, cost in units of plain training, gain in per cent).

@@ -22,7 +22,7 @@ from apart_hf.strategies.methods import METHODS
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """Describes one training of a table.
 
     Args:
         name: also its result's.
@@ -42,7 +42,7 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """The command line of `train`."""
+        """Return the command line of `train`."""
         return [*self.flags, *self.more, *flags_of(self.places)]
 
     @property
@@ -51,29 +51,33 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
-        settings = dataclasses.asdict(self.config)
-        idle = {"lr_base_size", "lr_base_scale"} if settings["lr_base"] is None else set()
-        return {key: value for key, value in settings.items() if SETTINGS[key].on_resume != "free" and key not in idle}
+        """Return the settings that decide the result."""
+        settings, found = dataclasses.asdict(self.config), {}
+        for key, known in SETTINGS.items():
+            idle = known.idle_without is not None and settings[known.idle_without] is None
+            if known.on_resume != "free" and not idle:
+                found[key] = settings[key]
+        return found
 
     @property
     def cost(self) -> float:
-        """Passes over the data, in units of those of the recipe's plain training."""
+        """Count the passes over the data, in units of those of the recipe's plain training."""
         config, given = self.config, parse_arguments(self.arguments)
         passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
         return passes * config.epochs / plain_epochs(given)
 
 
 def setting(request: TableRequest, dataset: str, model: str) -> str:
-    """Dataset and model in names of runs and tables; a scale may take another model on the same data."""
+    """Name dataset and model as runs and tables do; a scale may take another model on the same data."""
     scale = SCALES[request.scale].settings
     return f"{dataset}-{model if 'dataset' in scale else scale.get('model', model)}"
 
 
 def make_job(request: TableRequest, dataset: str, model: str, row: str, seed: int) -> Job:
-    """The run of a row and a seed.
+    """Make the run of a row and a seed.
 
-    Raises: ApartError where the flags for every run set what is the table's.
+    Raises:
+        ApartError: where the flags for every run set what is the table's.
     """
     scale, known = SCALES[request.scale], ROWS[row]
     name = f"{setting(request, dataset, model)}-{row}-{request.scale}-{seed}"
@@ -116,30 +120,30 @@ def _check_more(flags: list[str], more: list[str]) -> None:
 
 
 def differing(run: Job, result: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings in which a result differs from a run: (the result's, the run's)."""
+    """Return the settings in which a result differs from a run: (the result's, the run's)."""
     before = dataclasses.asdict(TrainConfig()) | result["settings"]  # options that came later had their defaults
     return {key: (before[key], now) for key, now in run.settings.items() if before[key] != now}
 
 
 def changed(run: Job, result: dict[str, Any]) -> str:
-    """The same in words."""
+    """Say in words what `differing` returns."""
     return ", ".join(f"{key}: {before}, now {now}" for key, (before, now) in differing(run, result).items())
 
 
 def extra(run: Job, result: dict[str, Any]) -> dict[str, Any]:
-    """What a result was computed with beyond its row and scale: settings that decide what is computed, not how."""
+    """Return what a result was computed with beyond its row and scale: settings of what is computed, not how."""
     found = differing(dataclasses.replace(run, more=[]), result)
     return {key: before for key, (before, _) in found.items() if SETTINGS[key].role != "how"}
 
 
 def is_published(run: Job, result: dict[str, Any]) -> bool:
-    """Whether a result is of the paper's settings and of a dataset's own images, as many as it has."""
+    """Tell whether a result is of the paper's settings and of a dataset's own images, as many as it has."""
     own = result.get("whole") and result.get("images") == DATASETS[run.config.dataset].train_size
     return bool(own) and not extra(run, result) and result["processes"] == 1
 
 
 def unknown_rows(results: Iterable[dict[str, Any]], where: str, scale: str) -> list[dict[str, Any]]:
-    """The results of a setting and scale whose rows are in no table: of methods that were tried and not kept."""
+    """List the results of a setting and scale whose rows are in no table: methods that were tried and not kept."""
     return [
         result
         for result in results

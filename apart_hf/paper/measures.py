@@ -79,14 +79,14 @@ def _under_corruptions(
 
 
 def normalised(images: np.ndarray, config: dict[str, Any]) -> Tensor:
-    """(N, edge, edge, 3) uint8 as (N, 3, edge, edge) float32, by the mean and standard deviation of `config`."""
+    """Normalise (N, edge, edge, 3) uint8 to (N, 3, edge, edge) float32, by mean and standard deviation of `config`."""
     mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
 
 @torch.no_grad()
 def predict(network: nn.Module, images: np.ndarray, config: dict[str, Any]) -> Tensor:
-    """Logits (N, classes) float32 of images (N, edge, edge, 3) uint8."""
+    """Compute logits (N, classes) float32 of images (N, edge, edge, 3) uint8."""
     return torch.cat(
         [
             network(normalised(part, config)).float()
@@ -97,7 +97,7 @@ def predict(network: nn.Module, images: np.ndarray, config: dict[str, Any]) -> T
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, images: Tensor) -> nn.Module:
-    """A copy whose running statistics are those of one batch of images (N, 3, height, width), in eval mode."""
+    """Copy a network, with the running statistics of one batch of images (N, 3, height, width), in eval mode."""
     network = copy.deepcopy(network).eval()
     layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
@@ -110,12 +110,12 @@ def recalibrate(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy in per cent of logits (N, classes) against class indices (N,)."""
+    """Compute the accuracy in per cent of logits (N, classes) against class indices (N,)."""
     return 100 * (logits.argmax(-1) == labels).double().mean().item()
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error in per cent (Naeini et al., 2015; Guo et al., 2017).
+    """Compute the expected calibration error in per cent (Naeini et al., 2015; Guo et al., 2017).
 
     Predictions are sorted by their confidence, the largest probability, into `bins` equal intervals (a, b] of [0, 1].
     The error is the mean distance of accuracy and confidence of a bin, weighted by its number of predictions.

@@ -18,13 +18,13 @@ _log = logging.getLogger(__name__)
 
 
 def table_name(request: TableRequest) -> str:
-    """TABLE-DATASET-MODEL-SCALE, the name of its files."""
+    """Name the table's files: TABLE-DATASET-MODEL-SCALE."""
     (dataset, model), _ = TABLES[request.table].part(request.dataset, request.model)
     return f"{request.table}-{setting(request, dataset, model)}-{request.scale}"
 
 
 def results_shown(request: TableRequest) -> list[dict[str, Any]]:
-    """The results that are in the table, whichever rows and seeds are asked for."""
+    """List the results that are in the table, whichever rows and seeds are asked for."""
     results = read_results(request.results)
     return [_seen(job, results[job.name]) for job in _jobs(request, results) if job.name in results]
 
@@ -35,9 +35,11 @@ def render_table(request: TableRequest) -> str:
     Args:
         request: its rows and seeds are not asked for.
 
-    Returns: the table in Markdown, under a title; what was not run is empty.
+    Returns:
+        The table in Markdown, under a title; what was not run is empty.
 
-    Raises: ApartError where results cannot stand in one table, or it cannot be written.
+    Raises:
+        ApartError: where results cannot stand in one table, or it cannot be written.
     """
     (dataset, model), published = TABLES[request.table].part(request.dataset, request.model)
     results = read_results(request.results)
@@ -96,12 +98,12 @@ def render_table(request: TableRequest) -> str:
 
 
 def _jobs(request: TableRequest, results: dict[str, dict[str, Any]]) -> list[Job]:
-    """Every row of the table, in the seeds of any result; at least one."""
+    """List every row of the table, in the seeds of any result; at least one."""
     (dataset, model), published = TABLES[request.table].part(request.dataset, request.model)
     seeds = sorted({result["seed"] for result in results.values()}) or [0]
     return [make_job(request, dataset, model, row, seed) for row in published for seed in seeds]
 
 
 def _seen(job: Job, result: dict[str, Any]) -> dict[str, Any]:
-    """A result with what it was computed with beyond its row."""
+    """Add to a result what it was computed with beyond its row."""
     return result | {"extra": extra(job, result)}

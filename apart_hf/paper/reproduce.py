@@ -44,7 +44,8 @@ def reproduce(request: TableRequest) -> str:
     Args:
         request: which runs.
 
-    Returns: the table, see `render_table`.
+    Returns:
+        The table, see `render_table`.
 
     Raises:
         ApartError: before the first run, where results could not stand in one table; at the end, where runs failed.
@@ -61,9 +62,10 @@ def reproduce(request: TableRequest) -> str:
 
 
 def jobs_left(request: TableRequest) -> list[Job]:
-    """The runs that are asked for and have no result.
+    """List the runs that are asked for and have no result.
 
-    Raises: ApartError where a result is of other settings.
+    Raises:
+        ApartError: where a result is of other settings.
     """
     (dataset, model), published = TABLES[request.table].part(request.dataset, request.model)
     wanted, results = chosen_rows(published, request.rows), read_results(request.results)
@@ -148,7 +150,7 @@ def _start(command: list[str]) -> tuple[int, bool]:
 
 
 def _result(job: Job, folder: Path, data: str) -> dict[str, Any]:
-    """What is kept of a finished run."""
+    """Return what is kept of a finished run."""
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     trained = Exported.read(folder).training
     data_record = trained.data or DataRecord()

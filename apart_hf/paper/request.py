@@ -13,7 +13,7 @@ from apart_hf.paper.tables import TABLES
 
 @dataclass(frozen=True)
 class TableRequest:
-    """A part of a table's runs.
+    """Asks for a part of a table's runs.
 
     Args:
         table: "table1", "table2", "table3" or "study".
@@ -28,7 +28,8 @@ class TableRequest:
         launcher: the command that starts a run, in words; its batch size is that of a process.
         more: further flags of `train`, for every run.
 
-    Raises: ApartError for an unknown table or scale, or numbers out of range.
+    Raises:
+        ApartError: for an unknown table or scale, or numbers out of range.
     """
 
     table: str

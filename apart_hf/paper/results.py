@@ -27,9 +27,10 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of all files in a folder by their run's name; the same run may stand in several files.
+    """Read the results of all files in a folder, by their run's name; the same run may stand in several files.
 
-    Raises: ApartError where a line cannot be read, or two results of one run differ.
+    Raises:
+        ApartError: where a line cannot be read, or two results of one run differ.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -55,7 +56,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _wrong(result: Any) -> str:
-    """What keeps a line's value from being a result; empty: nothing."""
+    """Say what keeps a line's value from being a result; empty: nothing."""
     if not isinstance(result, dict):
         return "it is no table of keys"
     wrong = [key for key, kind in _KINDS.items() if not isinstance(result.get(key), kind)]
@@ -80,14 +81,14 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences in per cent, and the half-width of its 95 % confidence interval (Student's t)."""
+    """Holds the mean of paired differences in per cent, with half of its 95 % confidence interval (Student's t)."""
 
     mean: float
     half_width: float | None
 
     @classmethod
     def of(cls, values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-        """Over the seeds that both have; None: there is none. One pair has no interval."""
+        """Compare over the seeds that both have; None: there is none. One pair has no interval."""
         differences, test = paired(values, baseline)
         if not differences:
             return None
@@ -102,7 +103,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: accuracies in per cent by seed, cost in units of plain training, and what was published."""
+    """Holds a row of a table: accuracies in per cent by seed, cost in units of plain training, what was published."""
 
     name: str
     accuracies: dict[int, float]
@@ -111,7 +112,7 @@ class Line:
 
 
 def render(lines: Iterable[Line], against: Iterable[str]) -> str:
-    """A Markdown table; what was not run is empty.
+    """Render a Markdown table; what was not run is empty.
 
     Args:
         lines: the rows.
@@ -147,7 +148,7 @@ def render(lines: Iterable[Line], against: Iterable[str]) -> str:
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """With the standard deviation over runs, where there are two or more."""
+    """Write the mean, with the standard deviation over runs where there are two or more."""
     return _with_deviation(fmean(values), stdev(values) if len(values) > 1 else None) if values else ""
 
 

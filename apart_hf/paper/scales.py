@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reduction:
-    """A part of a dataset, in smaller images.
+    """Describes a part of a dataset, in smaller images.
 
     Args:
         classes: the first so many.
@@ -23,7 +23,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large runs are.
+    """Says how large runs are.
 
     Args:
         summary: one line for `--help`.

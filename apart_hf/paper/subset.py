@@ -33,7 +33,8 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
         images: of each class, for training.
         edge: of the images in pixels; each pixel is the mean of the square that it covers.
 
-    Raises: ApartError where the dataset has fewer classes, a class has too few images, or the folder cannot be made.
+    Raises:
+        ApartError: where the dataset has fewer classes, a class has too few images, or the folder cannot be made.
     """
     if folder.exists():
         return
@@ -65,11 +66,13 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
 def evaluation_images(
     settings: DataSettings, *, classes: int, images: int, chosen: Sequence[int]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Evaluation images of the part that `reduce_data` makes, by their position in it, in the dataset's own size.
+    """Read evaluation images of the part that `reduce_data` makes, by position in it, in the dataset's own size.
 
-    Returns: (height, width, 3) uint8 each, and their class indices.
+    Returns:
+        (height, width, 3) uint8 each, and their class indices.
 
-    Raises: ApartError as `reduce_data` does.
+    Raises:
+        ApartError: as `reduce_data` does.
     """
     _, evaluation = _parts(load_image_data(settings), classes, images)
     where = [(split, index) for split, indices in evaluation for index in indices.tolist()]
@@ -78,9 +81,10 @@ def evaluation_images(
 
 
 def _parts(data: ImageData, classes: int, images: int) -> tuple[list[Part], list[Part]]:
-    """Rows of the training and of the evaluation split.
+    """Choose the rows of the training and of the evaluation split.
 
-    Raises: ApartError where the dataset has fewer classes, or a class too few images.
+    Raises:
+        ApartError: where the dataset has fewer classes, or a class too few images.
     """
     counts = np.bincount(data.train.labels(), minlength=classes)[:classes]
     if len(data.class_names) < classes or counts.min() <= images:
@@ -93,7 +97,7 @@ def _parts(data: ImageData, classes: int, images: int) -> tuple[list[Part], list
 
 
 def _drawn(labels: np.ndarray, classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (trained, rest) of the first classes' rows, each in order."""
+    """Draw the positions (trained, rest) of the first classes' rows, each in order."""
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(np.flatnonzero(labels == index)) for index in range(classes)]
     trained, rest = [rows[:images] for rows in shuffled], [rows[images:] for rows in shuffled]
@@ -101,7 +105,7 @@ def _drawn(labels: np.ndarray, classes: int, images: int) -> tuple[np.ndarray, n
 
 
 def _rows(parts: Iterable[Part], edge: int | None = None) -> list[tuple[Image.Image, int]]:
-    """(image, class index) of each row; averaged to `edge` pixels, or in its own size."""
+    """Read (image, class index) of each row; averaged to `edge` pixels, or in its own size."""
     found = []
     for split, positions in parts:
         indices = positions.tolist()

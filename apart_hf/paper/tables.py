@@ -15,7 +15,7 @@ Published = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """Describes one line of a table.
 
     Args:
         recipe: METHOD or METHOD-mixup of a recipe's name.
@@ -29,7 +29,7 @@ class Row:
 
 
 def _apart(**settings: Any) -> Row:
-    """Table 3 uses as many epochs throughout, so that a smaller N is cheaper."""
+    """Make a row of Table 3, which uses as many epochs throughout, so that a smaller N is cheaper."""
     return Row("apart", None, settings)
 
 
@@ -87,7 +87,7 @@ def _published(rows: tuple[str, ...], means: str, deviations: str | None = None)
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """Holds a table's rows, and what was published of them.
 
     Args:
         title: of it.
@@ -100,9 +100,10 @@ class Table:
     against: tuple[str, ...] = ("standard", "standard-2x")
 
     def part(self, dataset: str | None, model: str | None) -> tuple[tuple[str, str], dict[str, Published | None]]:
-        """The part for a dataset and a model; None: the first that fits.
+        """Return the part for a dataset and a model; None: the first that fits.
 
-        Raises: ApartError where the table has none.
+        Raises:
+            ApartError: where the table has none.
         """
         for (known_dataset, known_model), rows in self.parts.items():
             if dataset in (None, known_dataset) and model in (None, known_model):
@@ -211,7 +212,7 @@ TABLES: dict[str, Table] = {
 
 
 def recipe_name(dataset: str, model: str, row: Row) -> str:
-    """The recipe that a row starts from."""
+    """Name the recipe that a row starts from."""
     for name, settings in RECIPES.items():
         if (settings["dataset"], settings["model"]) == (dataset, model) and name.endswith("-standard"):
             return name.removesuffix("standard") + row.recipe
@@ -219,9 +220,10 @@ def recipe_name(dataset: str, model: str, row: Row) -> str:
 
 
 def chosen_rows(known: dict[str, Any], names: Iterable[str] | None) -> list[str]:
-    """The named rows, in the table's order; None: all.
+    """Return the named rows, in the table's order; None: all.
 
-    Raises: ApartError for one that the table does not have.
+    Raises:
+        ApartError: for one that the table does not have.
     """
     if names is None:
         return list(known)

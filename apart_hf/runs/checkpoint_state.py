@@ -15,7 +15,7 @@ FORMAT = 2  # 1, of apart_hf 0.1.0, has no number and the same keys
 
 @dataclass
 class CheckpointState:
-    """What all processes of a run share.
+    """Holds what all processes of a run share.
 
     Args:
         trainer: how far it is, schedule, average of the weights.
@@ -36,7 +36,7 @@ class CheckpointState:
     processes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, text, lists and tables of them, which torch reads without running code."""
+        """Return tensors, numbers, text, lists and tables of them, which torch reads without running code."""
         return {
             "format": FORMAT,
             **vars(self.trainer),

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of a run.
+    """Writes and reads the checkpoints of a run.
 
     Args:
         folder: of all of them.
@@ -103,7 +103,7 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def recover(self) -> None:
-        """To be called before a run goes on: what was written whole but not renamed yet is taken, other remains go."""
+        """Take what was written whole but not renamed yet, and remove other remains: before a run goes on."""
         for temporary in self.folder.glob(".step-*"):
             final = temporary.with_name(temporary.name[1:])
             if damage(temporary) is None and damage(final) is not None:
@@ -113,16 +113,19 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """That of a step, if there is one."""
+        """Remove the checkpoint of a step, if there is one."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder / _name(step), ignore_errors=True)
 
     def all(self) -> list[Path]:
-        """Every checkpoint, oldest first, intact or not."""
+        """List every checkpoint, oldest first, intact or not."""
         return sorted(self.folder.glob("step-*"))
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The latest one that is intact, and what is wrong with those after it. Reads them: for one process."""
+        """Find the latest one that is intact, and say what is wrong with those after it.
+
+        It reads them: for one process.
+        """
         problems: list[str] = []
         for folder in reversed(self.all()):
             problem = damage(folder)
@@ -132,7 +135,7 @@ class Checkpoints:
         return None, problems
 
     def read(self, folder: Path) -> tuple[CheckpointState, ProcessState | None]:
-        """What a checkpoint holds of all processes and of this one, which it may not know. This changes nothing.
+        """Read what a checkpoint holds of all processes and of this one, which it may not know. This changes nothing.
 
         Raises:
             ApartError: where it is of a later format.
@@ -142,7 +145,7 @@ class Checkpoints:
         return shared, ProcessState(**_read(own)) if own.exists() else None
 
     def restore(self, folder: Path) -> None:
-        """Weights, optimizer and scaler as they were."""
+        """Set weights, optimizer and scaler as they were."""
         self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # batches since the last optimizer step: checkpoints are written at its end
 
@@ -152,7 +155,7 @@ def _name(step: int) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None: it is what was written."""
+    """Say what is wrong with a checkpoint; None: it is what was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, checksum in manifest.items():

@@ -17,7 +17,7 @@ from apart_hf.errors import ApartError, first_line
 
 
 def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
+    """Make timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
     try:
         return create_optimizer_v2(
             model,
@@ -32,7 +32,7 @@ def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.o
 
 
 def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler | None:
-    """timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
+    """Make timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
     half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -55,7 +55,7 @@ def data_settings(config: TrainConfig) -> DataSettings:
 
 
 def loader_settings(config: FilledConfig, images: dict[str, Any]) -> LoaderSettings:
-    """How batches are made.
+    """Say how batches are made.
 
     Args:
         config: its defaults are filled in.

@@ -26,7 +26,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory(error: Exception, config: FilledConfig, more: str = "") -> ApartError:
-    """Batch size and image size, and what takes less.
+    """Make the error that names batch size and image size, and what takes less.
 
     Args:
         config: its defaults are filled in.
@@ -44,7 +44,7 @@ def out_of_memory(error: Exception, config: FilledConfig, more: str = "") -> Apa
 
 
 def explained(error: Exception, run: Run) -> Exception:
-    """What to tell the user of an error in training: itself, or one line in its place."""
+    """Return what to tell the user of an error in training: itself, or one line in its place."""
     config, trainer = run.config, run.trainer
     steps = trainer.progress.steps
     if isinstance(error, NonFinite) and error.state_is_useless:

@@ -26,7 +26,7 @@ PLOT_SECONDS = 10  # drawing takes half a second or more, which is much of a sho
 
 
 class RunFolder:
-    """The files of a run but for its checkpoints. One process, the main one, writes them.
+    """Writes the files of a run but for its checkpoints. One process, the main one, writes them.
 
     Args:
         path: the folder; it is there.
@@ -138,7 +138,7 @@ class RunFolder:
 
 
 def claim_of(evaluation: Evaluation, epoch: int, split: Split, name: str) -> Claim:
-    """What an evaluation claims of weights.
+    """Say what an evaluation claims of weights.
 
     Args:
         evaluation: of them.

@@ -10,7 +10,7 @@ from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation
 
 @dataclass
 class History:
-    """The metrics of each epoch, in order.
+    """Holds the metrics of each epoch, in order.
 
     Args:
         metric: that the best epoch is chosen by: top1, top5 or eval_loss.
@@ -22,16 +22,16 @@ class History:
 
     @property
     def latest(self) -> EpochMetrics:
-        """Those of the last epoch."""
+        """Return those of the last epoch."""
         return self.epochs[-1]
 
     @property
     def latest_evaluation(self) -> Evaluation:
-        """That of the last epoch which was evaluated, as the last epoch of a run always is."""
+        """Return that of the last epoch which was evaluated, as the last epoch of a run always is."""
         return next(metrics.evaluation for metrics in reversed(self.epochs) if metrics.evaluation is not None)
 
     def best(self) -> EpochMetrics | None:
-        """Those of the best epoch that was evaluated, the later of equals; None: none was."""
+        """Return those of the best epoch that was evaluated, the later of equals; None: none was."""
         sign = -1 if self.metric == "eval_loss" else 1
 
         def rank(metrics: EpochMetrics) -> float:

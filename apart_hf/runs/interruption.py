@@ -25,11 +25,11 @@ EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and can be resumed."""
+    """Tells that the run was asked to stop and can be resumed."""
 
 
 class ProcessLost(Interrupted):
-    """Another process, of the run or of a loader, has ended or no longer answers; only this one may know."""
+    """Tells that another process, of the run or of a loader, has ended or does not answer; only this one may know."""
 
 
 # of RuntimeErrors from gloo; NCCL and the store raise torch's DistError
@@ -38,7 +38,7 @@ _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused",
 
 @contextlib.contextmanager
 def noticing_lost_processes() -> Iterator[None]:
-    """Within, an exchange that fails because a process is gone raises ProcessLost."""
+    """Raise ProcessLost where an exchange within the block fails because a process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -52,7 +52,7 @@ def noticing_lost_processes() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether any process of the run was asked to stop.
+    """Knows whether any process of the run was asked to stop.
 
     Args:
         accelerator: of the run; None: there is none yet.
@@ -62,7 +62,7 @@ class StopRequest:
         self.accelerator, self.name, self.patient, self.at_once = accelerator, "", False, False
 
     def __bool__(self) -> bool:
-        """Asked of all processes at the same step, so that they stop together."""
+        """Tell whether to stop, asked of all processes at the same step, so that they stop together."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return bool(self.name)
         asked = torch.tensor(int(bool(self.name)), device=self.accelerator.device)
@@ -70,9 +70,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, the first signal is noted and the second one has its usual effect.
+        """Note the first signal within the block, and leave the second one its usual effect.
 
-        Raises: Interrupted at once where nobody waits for the end of a step, see `noting`.
+        Raises:
+            Interrupted: at once where nobody waits for the end of a step, see `noting`.
         """
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -100,7 +101,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
-        """Within, a signal is only noted: the run asks at the end of each step."""
+        """Let a signal within the block only be noted: the run asks at the end of each step."""
         self.patient = True
         try:
             yield
@@ -109,7 +110,7 @@ class StopRequest:
 
 
 class Schedule:
-    """What is done after each optimizer step: a checkpoint where one is due, or where the run is to stop.
+    """Does what is due after each optimizer step: a checkpoint where one is due, or where the run is to stop.
 
     Args:
         interval: (steps, seconds) between checkpoints; None: not by that.
@@ -122,7 +123,11 @@ class Schedule:
         self.last = time.monotonic()
 
     def __call__(self) -> None:
-        """Raises: Interrupted after the checkpoint of a run that is to stop."""
+        """Save where that is due.
+
+        Raises:
+            Interrupted: after the checkpoint of a run that is to stop.
+        """
         stopping = bool(self.stop)
         if stopping or self._due():
             self.run.save()
@@ -131,7 +136,11 @@ class Schedule:
             raise self._interrupted()
 
     def check(self) -> None:
-        """After an epoch, whose checkpoint has been written. Raises: Interrupted where the run is to stop."""
+        """Look, after an epoch whose checkpoint has been written, whether the run is to stop.
+
+        Raises:
+            Interrupted: where it is.
+        """
         self.last = time.monotonic()
         if self.stop:
             raise self._interrupted()

@@ -23,7 +23,7 @@ from apart_hf.utils.hub_client import offline_if_unreachable
 
 
 def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
-    """The timm model for the data's classes, and timm's description of its evaluation images."""
+    """Make the timm model for the data's classes, and timm's description of its evaluation images."""
     usual = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
     kwargs: dict[str, Any] = {key: value for key, value in usual.items() if value} | _model_kwargs(config)
     try:
@@ -73,7 +73,7 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
 
 
 def _model_kwargs(config: TrainConfig) -> dict[str, Any]:
-    """--model-kwargs as timm reads it: Python literals, else text."""
+    """Read --model-kwargs as timm does: Python literals, else text."""
     found = {}
     for pair in config.model_kwargs or ():
         key, _, value = pair.partition("=")
@@ -85,9 +85,10 @@ def _model_kwargs(config: TrainConfig) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, file: str) -> None:
-    """Weights from a safetensors file or a state_dict; a classifier of another size keeps its random start.
+    """Load weights from a safetensors file or a state_dict; a classifier of another size keeps its random start.
 
-    Raises: ApartError where the file cannot be read without running code from it, or belongs to another model.
+    Raises:
+        ApartError: where the file cannot be read without running code from it, or belongs to another model.
     """
     if not os.path.isfile(file):  # False for a name that no file can have
         raise ApartError(f"--initial-checkpoint {file}: there is no such file.")

@@ -98,7 +98,7 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
 
 
 def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
-    """The data, of which one process fills the cache; where it cannot, all say why."""
+    """Load the data, of which one process fills the cache; where it cannot, all say why."""
     loaded: list[ImageData] = []
     settings = data_settings(config)
     from_main_process(accelerator, lambda: loaded.append(load_in_recorded_order(settings, config)))

@@ -20,7 +20,7 @@ def training_record(
     processes: int,
     source: dict[str, Any],
 ) -> TrainingRecord:
-    """Method and hyper-parameters, data, settings, seed, versions and commit.
+    """Record method and hyper-parameters, data, settings, seed, versions and commit.
 
     Args:
         config: resolved.
@@ -51,7 +51,7 @@ def training_record(
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that say how a model was trained, and nothing of the machine or its folders."""
+    """Return the settings that say how a model was trained, and nothing of the machine or its folders."""
     found = {}
     for setting in sorted(SETTINGS.values(), key=lambda setting: setting.recorded or 0):
         value = getattr(config, setting.name)
@@ -62,7 +62,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _base_model(config: TrainConfig, source: dict[str, Any]) -> str | None:
-    """The Hub's name of the weights that training started from, or what else was named as the model."""
+    """Return the Hub's name of the weights that training started from, or what else was named as the model."""
     if not config.pretrained:
         return None
     place, _, name = config.model.rpartition(":")

@@ -14,7 +14,7 @@ from apart_hf.utils.plotting import plain
 
 
 def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, int, int], loader: str) -> list[str]:
-    """What is trained and evaluated on, in words."""
+    """Say in words what is trained and evaluated on."""
     lines = []
     if registered(config.dataset, config.data_dir) is DATASETS["demo"]:
         lines.append(
@@ -47,7 +47,7 @@ def describe_columns(data: ImageData) -> str:
 
 
 def describe_epoch(metrics: EpochMetrics) -> list[str]:
-    """What is said of an epoch, in lines."""
+    """Say in lines what an epoch gave."""
     trained, evaluation = metrics.trained, metrics.evaluation
     parts = [f"epoch {metrics.epoch}: train loss {trained.train_loss:.3f}, top-1 {trained.train_top1:.1f} %"]
     if evaluation is not None:
@@ -70,7 +70,7 @@ def describe_epoch(metrics: EpochMetrics) -> list[str]:
 
 
 def describe_test(split: str, name: str, epoch: int, evaluation: Evaluation) -> str:
-    """What is said of weights, "last" or "best", on the test split."""
+    """Say what weights, "last" or "best", give on the test split."""
     skipped = f"; {evaluation.eval_skipped} bad images left out" if evaluation.eval_skipped else ""
     return (
         f"test: split {split!r}, {name} (epoch {epoch}): loss {evaluation.eval_loss:.3f}, "
@@ -79,7 +79,7 @@ def describe_test(split: str, name: str, epoch: int, evaluation: Evaluation) -> 
 
 
 def plot_training(epochs: list[EpochMetrics], path: Path, title: str) -> None:
-    """Loss and top-1 accuracy by epoch, of training and evaluation, as PNG.
+    """Draw loss and top-1 accuracy by epoch, of training and evaluation, as PNG.
 
     Args:
         epochs: one of them with an evaluation.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def lock(folder: Path) -> IO[str]:
     """Take the lock of a run's folder; it is held until the file is closed or the process ends, however it ends.
 
-    Raises: ApartError where another process holds it.
+    Raises:
+        ApartError: where another process holds it.
     """
     (folder / "checkpoints").mkdir(exist_ok=True)
     file = open(folder / "checkpoints" / ".lock", "a+")  # noqa: SIM115  held for the life of the run
@@ -72,13 +73,14 @@ def check_unchanged(folder: Path, before: dict[str, Any], settings: dict[str, An
 
 
 def place(state: CheckpointState, images: tuple[int, int]) -> int:
-    """How many batches of the epoch a checkpoint is in, for batches of another size.
+    """Count the batches of the epoch that a checkpoint is in, for batches of another size.
 
     Args:
         state: of the checkpoint.
         images: in a batch, and in an optimizer step, from now on.
 
-    Raises: ApartError where steps, which the schedule counts, are of other sizes, or no batch ends there.
+    Raises:
+        ApartError: where steps, which the schedule counts, are of other sizes, or no batch ends there.
     """
     (batch, step), (before, step_before) = images, state.images
     if step != step_before:

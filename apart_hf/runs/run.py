@@ -34,7 +34,7 @@ WATCH_SECONDS = 1.0  # in which torch hears that a loader process has ended
 
 @dataclass
 class Run:
-    """One training run, made by `prepare`.
+    """Holds one training run, made by `prepare`.
 
     Args:
         config: complete.
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def images_a_batch(self) -> tuple[int, int]:
-        """Images of one process in a batch, and in an optimizer step."""
+        """Return the images of one process in a batch, and in an optimizer step."""
         return self.config.batch_size, self.config.batch_size * self.config.grad_accum_steps
 
     def fit(self) -> None:
@@ -135,7 +135,7 @@ class Run:
             )
 
     def _told(self, error: Exception) -> Exception:
-        """See `explained`. torch's watch over loader processes may interrupt that, too.
+        """Explain an error, see `explained`. torch's watch over loader processes may interrupt that, too.
 
         The pipe to a process that was killed may end before the watch, which names the process, hears of it.
         """
@@ -183,7 +183,7 @@ class Run:
         )
 
     def _push(self, repo_id: str) -> None:
-        """A run that was cut off before this is pushed when it is resumed."""
+        """Push the run; one that was cut off before this is pushed when it is resumed."""
         try:
             _log.info("pushed: %s", push(self.folder.path, repo_id))
         except ApartError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured of a network on a split.
+    """Holds what is measured of a network on a split.
 
     Args:
         eval_loss: mean cross-entropy.
@@ -21,14 +21,14 @@ class Evaluation:
     eval_skipped: int | None = None
 
     def as_line(self) -> dict[str, float]:
-        """The values by name, without what was not counted."""
+        """Return the values by name, without what was not counted."""
         line = {"eval_loss": self.eval_loss, "top1": self.top1, "top5": self.top5}
         return line if self.eval_skipped is None else line | {"eval_skipped": self.eval_skipped}
 
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """What is measured while an epoch is trained; means are over all samples of all processes.
+    """Holds what is measured while an epoch is trained; means are over all samples of all processes.
 
     Args:
         train_loss, train_top1: mean loss and accuracy (per cent) of the clean passes.
@@ -43,7 +43,7 @@ class TrainedEpoch:
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One line of metrics.jsonl.
+    """Holds one line of metrics.jsonl.
 
     Args:
         epoch: its number, from 1.
@@ -62,7 +62,7 @@ class EpochMetrics:
     skipped_steps: int | None = None
 
     def as_line(self) -> dict[str, float]:
-        """The values by name; what was not measured is left out."""
+        """Return the values by name; what was not measured is left out."""
         line = {"epoch": self.epoch, **vars(self.trained)}
         line |= {} if self.evaluation is None else self.evaluation.as_line()
         counts = {"lr": self.lr, "train_skipped": self.train_skipped, "skipped_steps": self.skipped_steps}
@@ -70,7 +70,7 @@ class EpochMetrics:
 
     @classmethod
     def from_line(cls, line: dict[str, float]) -> EpochMetrics:
-        """The reverse of `as_line`."""
+        """Read what `as_line` returned."""
         evaluation = None
         if "top1" in line:
             evaluation = Evaluation(line["eval_loss"], line["top1"], line["top5"], _count(line, "eval_skipped"))

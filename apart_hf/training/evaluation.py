@@ -17,7 +17,7 @@ from apart_hf.training.metrics import K, TopKAccuracy
 
 @torch.no_grad()
 def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> Evaluation:
-    """Mean loss (cross-entropy), top-1 and top-5 accuracy in per cent.
+    """Measure mean loss (cross-entropy), top-1 and top-5 accuracy in per cent.
 
     Args:
         network: without DDP, which expects as many batches of every process; left in eval mode.

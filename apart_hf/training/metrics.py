@@ -11,7 +11,7 @@ K = 5
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Share of samples, in per cent, whose class is the first (top1) or among the first five (top5) predictions.
+    """Counts the samples, in per cent, whose class is the first (top1) or among the first five (top5) predictions.
 
     `predictions` are class indices, best first, (samples, min(5, classes)); `references` are class indices. Indices
     rather than logits: what evaluate stores stays small.

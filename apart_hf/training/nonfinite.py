@@ -19,7 +19,7 @@ PATIENCE = 100  # steps in a row without a usable one, after which a run ends
 
 
 class NonFinite(ApartError):
-    """Training cannot go on from here; the message says at which step, and where the first such value is.
+    """Tells that training cannot go on from here; at which step, and where the first such value is.
 
     `state_is_useless`: a checkpoint of this step would only end here again.
     """
@@ -65,20 +65,21 @@ class Guard:
         self._suspect: tuple[Tensor, Tensor] | None = None
 
     def before(self) -> None:
-        """To be called before each batch: a step that is left out leaves no trace in running statistics either."""
+        """Prepare for a batch: a step that is left out leaves no trace in running statistics either."""
         if not self._within:
             self._copy(self._buffers, self._kept)
             self._within = True
 
     def judge(self, step: int, images: Tensor, loss: Tensor) -> bool:
-        """To be called after the gradient of each batch: whether the optimizer's step is to be made.
+        """Tell, after the gradient of each batch, whether the optimizer's step is to be made.
 
         Args:
             step: its number, from 1.
             images: of the batch.
             loss: of its clean pass.
 
-        Raises: NonFinite where the run is to end.
+        Raises:
+            NonFinite: where the run is to end.
         """
         last = self.accelerator.sync_gradients
         if self._suspect is None and not torch.stack([loss, *self._sizes(last)]).isfinite().all():
@@ -92,7 +93,11 @@ class Guard:
         return self.good
 
     def after(self, step: int) -> None:
-        """To be called after the optimizer's step. Raises: NonFinite where the gradient scaler has given up."""
+        """Look at the gradient scaler after the optimizer's step.
+
+        Raises:
+            NonFinite: where it has given up.
+        """
         if not self.optimizer.step_was_skipped:
             self.in_a_row = 0
             return
@@ -104,25 +109,37 @@ class Guard:
             )
 
     def check_state(self, step: int) -> None:
-        """Raises: NonFinite where what training leaves is not finite: weights, statistics, optimizer or average."""
+        """Check what training leaves: weights, statistics, optimizer and average.
+
+        Raises:
+            NonFinite: where any of it is not finite.
+        """
         bad = next((name for name in gather_object([self._first_bad()]) if name is not None), None)
         if bad is not None:
             raise NonFinite(f"after step {step}, at learning rate {self._lr():g}, {bad} is not finite.")
 
     def check_evaluation(self, step: int, loss: float) -> None:
-        """Raises: NonFinite where the network's weights are finite, but of no use."""
+        """Check the loss of an evaluation.
+
+        Raises:
+            NonFinite: where the network's weights are finite, but of no use.
+        """
         if not math.isfinite(loss):
             found = NonFinite(f"after step {step}, at learning rate {self._lr():g}, the evaluation's loss is {loss:g}.")
             found.state_is_useless = True
             raise found
 
     def check_epoch(self, step: int, seen: float) -> None:
-        """Raises: NonFinite where no sample of an epoch was `seen` in a step that was made."""
+        """Check that an epoch has trained.
+
+        Raises:
+            NonFinite: where no sample of it was `seen` in a step that was made.
+        """
         if not seen:
             raise NonFinite(f"step {step}: the whole epoch had no step with finite loss and gradient.")
 
     def take_skipped(self) -> int:
-        """Steps left out since the last call."""
+        """Count the steps left out since the last call."""
         count, self.skipped = self.skipped, 0
         return count
 
@@ -149,7 +166,7 @@ class Guard:
         return self.optimizer.param_groups[0]["lr"]
 
     def _sizes(self, last: bool) -> Iterable[Tensor]:
-        """Largest values, which are finite where running statistics and, after the last batch of a step, gradients are.
+        """Return largest values: finite where running statistics and, after a step's last batch, gradients are.
 
         Sums may overflow where no value does.
         """
@@ -165,12 +182,12 @@ class Guard:
             torch._foreach_copy_(places, values)
 
     def _anywhere(self, here: bool) -> bool:
-        """Whether it is so on any process."""
+        """Tell whether it is so on any process."""
         if self.accelerator.num_processes == 1:
             return here
         return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum"))
 
     def _first_bad(self) -> str | None:
-        """The name of what training carries from step to step and is not finite here; None: all is."""
+        """Name what training carries from step to step and is not finite here; None: all is."""
         state = training_state(self.network, self._watched, self.optimizer, self.ema)
         return next((name for name, tensor in state if not tensor.isfinite().all()), None)

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Optimizer steps in all, whole epochs, batches of the epoch that has begun, and their sums.
+    """Counts optimizer steps in all, whole epochs, batches of the epoch that has begun, and their sums.
 
     Args:
         device: of the sums.
@@ -35,14 +35,14 @@ class Progress:
         self._of_step = torch.zeros(3, device=device)
 
     def begin_epoch(self) -> Tensor:
-        """Sums start from zero, unless the epoch has begun already. Returns them."""
+        """Let the sums start from zero, unless the epoch has begun already. Returns them."""
         if self.totals is None:
             self.totals = torch.zeros(3, device=self.device)
         self._of_step.zero_()
         return self.totals
 
     def end_epoch(self) -> None:
-        """Count it."""
+        """Count the epoch."""
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, None
 
     def count(self, loss: Tensor, output: Tensor, labels: Tensor) -> None:
@@ -63,16 +63,16 @@ class Progress:
         self._of_step.zero_()
 
     def has_made(self, max_steps: int | None) -> bool:
-        """Whether so many optimizer steps have been made; None: there is no such end."""
+        """Tell whether so many optimizer steps have been made; None: there is no such end."""
         return max_steps is not None and self.steps >= max_steps
 
     def is_done(self, epochs: int, max_steps: int | None) -> bool:
-        """Whether so many epochs, or optimizer steps, have been made and what is due after them; None: no such end."""
+        """Tell whether so many epochs, or steps, have been made and what is due after them; None: no such end."""
         return self.epoch >= epochs or (self.batch == 0 and self.has_made(max_steps))
 
 
 class EpochReport:
-    """The bar of an epoch, or its log lines where there is no terminal; and what was measured at its end.
+    """Shows an epoch by a bar, or by log lines where there is no terminal; says what was measured at its end.
 
     Args:
         progress: of the training; its epoch has begun.
@@ -92,7 +92,7 @@ class EpochReport:
         self._bar: Any = None
 
     def over(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """The batches with their numbers in the epoch, from 1, under a bar."""
+        """Give the batches with their numbers in the epoch, from 1, under a bar."""
         self._bar = tqdm(
             batches,
             main_process_only=True,
@@ -124,7 +124,7 @@ class EpochReport:
             _log.info("%s, step %d/%d: %s", self.title, batch, self.batches, figures)
 
     def measured(self) -> tuple[TrainedEpoch, float]:
-        """What was measured over all processes, and the number of samples; the loss is NaN where there was none."""
+        """Return what was measured over all processes, and the number of samples; without one the loss is NaN."""
         loss_sum, correct, seen = self.accelerator.reduce(self._totals, "sum").tolist()
         seconds = time.perf_counter() - self._start
         rate = (seen - self._seen_before * self.accelerator.num_processes) / seconds

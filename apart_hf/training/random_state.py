@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of every global generator, in types that torch reads without running code."""
+    """Return the state of every global generator, in types that torch reads without running code."""
     numpy = np.random.get_state(legacy=False)
     kind, inner = numpy["bit_generator"], numpy["state"]
     state = {
@@ -22,7 +22,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """The reverse of `random_state`."""
+    """Set what `random_state` returned."""
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     random.setstate(state["python"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class TrainerState:
-    """What is the same on all processes.
+    """Holds what is the same on all processes.
 
     Args:
         steps: optimizer steps in all.
@@ -31,7 +31,7 @@ class TrainerState:
 
 @dataclass
 class ProcessState:
-    """What is one process's own.
+    """Holds what is one process's own.
 
     Args:
         totals: sums (3,) of the epoch's losses, hits and samples so far; None: it has not begun.

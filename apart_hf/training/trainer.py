@@ -71,7 +71,7 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and exported: the averaged one, where there is one."""
+        """Return the network that is evaluated and exported: the averaged one, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[EpochMetrics]:
@@ -101,7 +101,7 @@ class Trainer:
                 return
 
     def train_epoch(self, title: str, max_steps: int | None = None) -> TrainedEpoch:
-        """One pass over the training data, or what is left of it."""
+        """Pass over the training data once, or over what is left of it."""
         self.model.train()
         progress, length = self.progress, len(self.train_loader)
         report = EpochReport(progress, self.accelerator, title, length, self.log_interval)
@@ -130,7 +130,7 @@ class Trainer:
         return measured
 
     def train_step(self, images: Tensor, targets: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The gradient of one batch, and an optimizer step where the accelerator has accumulated enough of them.
+        """Compute the gradient of one batch, and make an optimizer step where enough of them are accumulated.
 
         Args:
             images, targets: (M, ...) the batch, and its class indices or soft labels.
@@ -168,7 +168,7 @@ class Trainer:
         return loss, output
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of this epoch that are still to come."""
+        """Give the batches of this epoch that are still to come."""
         loader = self.train_loader
         if self.progress.batch:
             loader = self.accelerator.skip_first_batches(loader, self.progress.batch)
@@ -179,13 +179,13 @@ class Trainer:
         self._restore_random()  # no batch was left
 
     def _restore_random(self) -> None:
-        """The random numbers of a checkpoint within an epoch: making the loader drew from them."""
+        """Set the random numbers of a checkpoint within an epoch: making the loader drew from them."""
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
 
     def state(self) -> tuple[TrainerState, ProcessState]:
-        """What Accelerate does not keep.
+        """Return what Accelerate does not keep.
 
         Raises:
             NonFinite: where any of the state is not finite: there is nothing to go on from.
@@ -205,7 +205,7 @@ class Trainer:
         return shared, ProcessState(totals, self.strategy.state_dict(), skipped, random_state())
 
     def load_state(self, shared: TrainerState, own: ProcessState) -> None:
-        """The reverse of `state`."""
+        """Go on from what `state` returned."""
         progress = self.progress
         progress.steps, progress.epoch, progress.batch = shared.steps, shared.epoch, shared.batch
         if self.scheduler is not None and shared.scheduler is not None:
@@ -222,7 +222,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable) -> Evaluation:
-        """Loss and accuracy of `evaluated`, with the number of images that were left out where that may be."""
+        """Measure `evaluated`: loss and accuracy, with the number of images that were left out where that may be."""
         network = self.evaluated
         if self.accelerator.num_processes > 1:
             # running statistics differ by rank; those of rank 0 are exported, so they are what is measured
@@ -233,6 +233,6 @@ class Trainer:
         return replace(found, eval_skipped=self._skipped(loader)) if self.skip_bad else found
 
     def _skipped(self, loader: Any) -> int:
-        """Images of a loader that all processes have passed over since the last call."""
+        """Count the images of a loader that all processes have passed over since the last call."""
         count = torch.tensor(loader.dataset.take_skipped(), device=self.accelerator.device)
         return int(self.accelerator.reduce(count, "sum"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launcher:
-    """A program that starts several processes, and tells each of them so by variables.
+    """Describes a program that starts several processes, and tells each of them so by variables.
 
     Args:
         name: of the program.
@@ -39,7 +39,7 @@ LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started.
+    """Says how this process was started.
 
     Args:
         launcher: of several processes; None: there is none.

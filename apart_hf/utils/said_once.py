@@ -53,14 +53,14 @@ def _leave(mark: Path) -> bool:
 
 
 def _mark(text: str) -> Path:
-    """The file that says that a text was said by a process of this run."""
+    """Name the file that says that a text was said by a process of this run."""
     user, run = getattr(os, "getuid", int)(), os.environ.get("MASTER_PORT") or os.getppid()
     digest = hashlib.sha256(f"{user} {run} {text}".encode()).hexdigest()
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{digest[:24]}"
 
 
 def _is_of_another(mark: Path) -> bool:
-    """Whether another process has left this mark since this one began: an earlier run may have left the same."""
+    """Tell whether another process has left this mark since this one began: an earlier run may have left the same."""
     import psutil  # for errors of several processes only
 
     try:

@@ -139,6 +139,12 @@ def test_the_record_keeps_its_order():
         assert keys == sorted(keys, key=lambda key: SETTINGS[key].recorded)
 
 
+def test_what_is_idle_without_another_setting_names_one_that_is_off():
+    pairs = {known.name: known.idle_without for known in SETTINGS.values() if known.idle_without is not None}
+    assert pairs == {"lr_base_size": "lr_base", "lr_base_scale": "lr_base"}
+    assert all(SETTINGS[other].default is None for other in pairs.values())
+
+
 def test_what_decides_another_setting_names_one():
     pairs = {known.name: known.decides for known in SETTINGS.values() if known.decides is not None}
     assert pairs and set(pairs.values()) <= set(SETTINGS)

@@ -1,6 +1,7 @@
 """The tests keep rules of their own: rooms like the package's, nothing shared but by support, no hidden processes."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,12 @@ import pytest
 from tests.support.fork_server import Forked
 from tests.support.helpers import ROOT
 
-TESTS = ROOT / "tests"
+TESTS, PACKAGE = ROOT / "tests", ROOT / "apart_hf"
+# how a docstring begins that has no verb of its own
+NO_VERB = re.compile(
+    r"(An?|All|Also|As|By|Every|For|How|None|Of|One|Only|That|The|This|Those|To|What|When|Where|Whether|Which|Who|With|"
+    r"Within|Without)\b"
+)
 
 
 def imported(file):
@@ -42,3 +48,21 @@ def test_a_test_without_the_marker_starts_no_python():
     with pytest.raises(pytest.fail.Exception, match="mark it with pytest"):
         Forked(print)
     subprocess.run(["true"], check=True)  # other programs are free
+
+
+def docstrings():
+    """(where it is, text) of every function and class of the package."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (text := ast.get_docstring(node)):
+                yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", node, text
+
+
+def test_docstrings_have_verbs_and_sections_of_their_own_lines():
+    found = list(docstrings())
+    assert len(found) > 300
+    for where, node, text in found:
+        if isinstance(node, ast.FunctionDef):
+            assert re.match(r"[A-Z][a-z]+[ ,]", text) and not NO_VERB.match(text), (where, text)
+        beside = re.search(r"\b(Args|Returns|Raises|Yields|Example): *\S", text)
+        assert not beside, (where, beside[0])

@@ -99,3 +99,11 @@ def test_the_published_value_stands_beside_its_own_setting_only():
         assert not is_published(run, result | other)
     short = run_of("table1", "standard", "--", "--epochs", "10", "--decay-milestones", "5")
     assert not is_published(short, result | {"settings": short.settings})
+
+
+def test_a_result_knows_of_no_setting_that_had_no_part_in_it():
+    plain = run_of("table1", "standard", "--", "--lr-base-size", "512").settings
+    scaled = run_of("table1", "standard", "--", "--lr-base", "0.1", "--lr-base-size", "512").settings
+    assert scaled.keys() - plain.keys() == {"lr_base_size", "lr_base_scale"}
+    assert scaled["lr_base_size"] == 512 and "clip_grad" in plain and plain["clip_grad"] is None
+    assert "output" not in plain and "threads" not in plain
