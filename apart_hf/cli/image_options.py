@@ -14,7 +14,7 @@ from apart_hf.utils.command_line import at_least
 
 
 def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-split") -> None:
-    """The options that `measured_images` and `plain_batches` read."""
+    """Add the options that `measured_images` and `plain_batches` read."""
     parser.add_argument("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a Hub id [demo]")
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset [its only one]")
     parser.add_argument("--data-dir", metavar="DIR", help="local folder instead")
@@ -54,7 +54,7 @@ def measured_images(
 
 
 def plain_batches(args: argparse.Namespace, model: nn.Module) -> LoaderSettings:
-    """By the transform that the folder of `model` records, also for images of another size."""
+    """Make batches by the transform that the folder of `model` records, also for images of another size."""
     return LoaderSettings(
         resolve_model_data_config(model),
         1,

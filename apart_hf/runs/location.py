@@ -40,7 +40,7 @@ def find_folder(config: TrainConfig) -> Path:
 
 
 def _make(folder: Path, resume: str | None) -> bool:
-    """Make the folder of a run, or see that it is one that can be gone on with. Returns whether it is new.
+    """Make the folder of a run, or see that it is one that can be gone on with.
 
     Raises:
         ApartError: where it cannot be made, or holds what is not a run's.
@@ -61,7 +61,7 @@ def _make(folder: Path, resume: str | None) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """Also one whose checkpoints were removed."""
+    """Tell whether a folder is a run's, also one whose checkpoints were removed."""
     return (folder / "checkpoints").is_dir() or ((folder / "config.yaml").is_file() and (folder / "plots").is_dir())
 
 
@@ -70,7 +70,7 @@ def _name(config: TrainConfig) -> str:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The folder and those of the same name, numbered from 2, that are there; then the first that is not."""
+    """List the folder and those of the same name, numbered from 2, that are there; then the first that is not."""
     names = [folder]
     while os.path.exists(names[-1]):  # False for a name that no file can have
         names.append(folder.with_name(f"{folder.name}-{len(names) + 1}"))

@@ -31,7 +31,7 @@ def train(config: TrainConfig) -> Path:
         >>> from apart_hf import TrainConfig, train
         >>> folder = train(TrainConfig(model="test_resnet", dataset="demo", method="apart", max_steps=2))
         >>> sorted(file.name for file in (folder / "last").iterdir())
-        ['config.json', 'model.safetensors']
+        ['class_map.txt', 'config.json', 'model.safetensors']
     """
     check_names(config)
     config = fill_defaults(config)
