@@ -69,7 +69,8 @@ class PreActResNet(nn.Module):
         drop_rate: float = 0.0,
     ):
         super().__init__()
-        self.num_classes, self.grad_checkpointing, self.he_init = num_classes, False, he_init
+        self.num_classes, self.in_chans = num_classes, in_chans  # by which timm knows the network's form
+        self.grad_checkpointing, self.he_init = False, he_init
         self.num_features = self.head_hidden_size = widths[-1]
         self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_width) if stem_norm else None

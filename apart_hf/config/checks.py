@@ -9,6 +9,7 @@ import timm
 from timm.models import is_model, split_model_name_tag
 from timm.optim import list_optimizers
 
+from apart_hf.config.model_arguments import channels_of, check_model_arguments
 from apart_hf.config.setting import Setting, settings_of
 from apart_hf.data import find_dataset
 from apart_hf.errors import ApartError, unknown_name
@@ -51,14 +52,22 @@ def _check_number(setting: Setting, number: Any, value: Any) -> None:
 
 
 def _check_lists(config: TrainConfig) -> None:
+    check_model_arguments(config)
+    channels = channels_of(config)
     if config.input_size is not None:
-        channels, height, width = config.input_size
-        if channels != 3 or height != width or config.img_size not in (None, height):
+        first, height, width = config.input_size
+        if first != (channels or 3) or height != width or config.img_size not in (None, height):
             size = " ".join(map(str, config.input_size))
-            raise ApartError(f"--input-size {size}: images here are square RGB, 3 N N, with N as in --img-size.")
-    for pair in config.model_kwargs or ():
-        if not pair.partition("=")[0].isidentifier() or "=" not in pair:
-            raise ApartError(f"--model-kwargs {pair!r}: needs KEY=VALUE, for instance drop_block_rate=0.1.")
+            raise ApartError(
+                f"--input-size {size}: images here are square RGB, 3 N N, with N as in --img-size; grey ones are "
+                "1 N N, with --in-chans 1."
+            )
+    for flag, values in (("--mean", config.mean), ("--std", config.std)):
+        if values is not None and len(values) not in ((1, 3) if channels is None else (1, channels)):
+            raise ApartError(
+                f"{flag} {' '.join(map(str, values))}: needs one value, or one for each channel of the images "
+                f"({channels or 3})."
+            )
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -79,6 +79,17 @@ class DataGroup:
     input_size: list[int] | None = _setting(
         None, "the same as timm writes it: 3 224 224", role="what", decides="img_size", length=3
     )
+    in_chans: int | None = _setting(
+        None,
+        "channels of the images: 1 of grey ones, 3 of RGB [the model's]",
+        role="what",
+        on_resume="fixed",
+        in_tables=False,
+        least=1,
+        most=3,
+        outside="images are read with 1 channel (grey) or 3 (RGB) only; take 1 or 3",
+        recorded=33,
+    )
     loader: LoaderKind = _setting(
         "auto",
         "memory: small images are decoded once and augmented by the batch; workers: one by one, by "
@@ -114,14 +125,11 @@ class DataGroup:
     )
     mean: list[float] | None = _setting(
         None,
-        "of each channel, in [0, 1] [the dataset's or the model's]",
+        "of each channel, in [0, 1], or one for all [the dataset's or the model's]",
         role="what",
         outside="must be finite numbers",
-        length=3,
     )
-    std: list[float] | None = _setting(
-        None, "likewise", role="what", above=0, outside="must be finite numbers above 0", length=3
-    )
+    std: list[float] | None = _setting(None, "likewise", role="what", above=0, outside="must be finite numbers above 0")
     aa: str | None = _setting(
         None,
         "timm's automatic augmentation, for instance rand-m9-mstd0.5 [off]",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apart_hf.config.model_arguments import channels_of
 from apart_hf.config.recipes import budgeted
 from apart_hf.config.train_config import HYPER_PARAMETERS, CompleteConfig, FilledConfig, TrainConfig
 from apart_hf.data import find_dataset
@@ -41,6 +42,7 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
     if config.img_size is None and config.input_size is not None:
         settings["img_size"] = config.input_size[-1]
+    settings["in_chans"] = channels_of(config)
     if config.amp and config.amp_dtype is None:
         settings["amp_dtype"] = "bfloat16"
     if config.workers is None:

@@ -41,6 +41,10 @@ class EpochDataset:
         """Count the images passed over since the last call."""
         raise NotImplementedError
 
+    def warning(self) -> str | None:
+        """Return what should be said of the images that were given so far; None: nothing."""
+        return None
+
 
 @contextlib.contextmanager
 def seeded(*entropy: int) -> Iterator[None]:

@@ -18,7 +18,7 @@ _BLACK = PIL.new("RGB", (64, 64))
 
 
 class TransformedImages(EpochDataset, torch.utils.data.Dataset):
-    """Gives (image tensor (3, H, W), class index) of each row of a split, by its position.
+    """Gives (image tensor (C, H, W), class index) of each row of a split, by its position.
 
     What a training transform draws depends on (seed, epoch, the batch's own indices) alone, so that any batch can be
     drawn again, by any number of loader processes.

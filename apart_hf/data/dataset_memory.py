@@ -23,27 +23,36 @@ class OtherSize(ApartError):
     """An image that is larger or smaller than the others."""
 
 
-def fits_in_memory(images: int, edge: int, padding: int) -> bool:
+def fits_in_memory(images: int, edge: int, padding: int, channels: int = 3) -> bool:
     """Tell whether so many images of edge x edge pixels, padded, take no more than `LARGEST`."""
-    return 4 * images * (edge + 2 * padding) ** 2 <= LARGEST
+    return _bytes(channels) * images * (edge + 2 * padding) ** 2 <= LARGEST
 
 
-def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | None = None) -> tuple[Tensor, Tensor]:
+def _bytes(channels: int) -> int:
+    """Return those of a pixel: four of RGB are gathered as one integer."""
+    return 1 if channels == 1 else 4
+
+
+def decode(
+    split: Split, edge: int, *, channels: int = 3, skip_bad: bool = False, progress: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Decode every image of a split, all of one size.
 
     Args:
         split: not a stream.
         edge: width and height that every image has, in pixels.
+        channels: 1 of grey images, 3 of RGB.
         skip_bad: leave what cannot be decoded black.
         progress: title of a progress bar; None: no bar.
 
     Returns:
-        RGB images, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero; and which were decoded, (N,) bool.
+        Images, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero, or grey ones (N, edge, edge, 1); and which
+        were decoded, (N,) bool.
 
     Raises:
         ApartError: naming the first image that has another size or, unless `skip_bad`, cannot be decoded.
     """
-    decoded = torch.zeros(len(split), edge, edge, 4, dtype=torch.uint8)
+    decoded = torch.zeros(len(split), edge, edge, _bytes(channels), dtype=torch.uint8)
     good = torch.ones(len(split), dtype=torch.bool)
     for start in tqdm(
         range(0, len(split), _AT_ONCE),
@@ -67,12 +76,13 @@ def decode(split: Split, edge: int, *, skip_bad: bool = False, progress: str | N
                     f"{split.place(index)} has {image.size[0]}x{image.size[1]} pixels, others {edge}x{edge}; use "
                     "--loader workers, which resizes."
                 )
-            decoded[index, ..., :3] = torch.from_numpy(np.array(image))
+            pixels = np.array(image.convert("L") if channels == 1 else image)
+            decoded[index, ..., :channels] = torch.from_numpy(pixels.reshape(edge, edge, channels))
     return decoded, good
 
 
 class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
-    """Makes batches of (images (B, 3, H, W) float32, class indices (B,)) from decoded images.
+    """Makes batches of (images (B, C, H, W) float32, class indices (B,)) from decoded images.
 
     Training images are padded with black, cropped at random and flipped: torchvision's `RandomCrop(size, padding)`,
     `RandomHorizontalFlip`, `ToTensor` and `Normalize` with all their probabilities, but for a batch at once. What is
@@ -109,10 +119,11 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         self.edge, self.padding, self.flip, self.seed = decoded.shape[1], padding, flip, seed
         if padding:
             decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
+        decoded = decoded.contiguous()
         # four bytes a pixel are gathered as one integer
-        self.pixels = decoded.contiguous().view(torch.int32).squeeze(-1).to(device)
+        self.pixels = (decoded.view(torch.int32) if decoded.shape[-1] == 4 else decoded).squeeze(-1).to(device)
         self.labels = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)
-        self.mean, self.std = (torch.tensor(tuple(v), device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self.mean, self.std = (torch.tensor(tuple(v), device=device).view(1, -1, 1, 1) for v in (mean, std))
         self.steps = torch.arange(self.edge, device=device)
 
     def __len__(self) -> int:
@@ -128,8 +139,9 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
             found = self._augmented(rows, np.random.default_rng([self.seed, self.epoch, *indices]))
         else:
             found = self.pixels.index_select(0, rows)
-        bytes_of = found.view(torch.uint8).view(len(rows), self.edge, self.edge, 4)
-        images = bytes_of[..., :3].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        bytes_of = found.view(torch.uint8).view(len(rows), self.edge, self.edge, -1)
+        channels = bytes_of[..., : self.mean.numel()].permute(0, 3, 1, 2)
+        images = channels.to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(255).sub_(self.mean).div_(self.std), self.labels[rows]
 
     def _augmented(self, rows: Tensor, rng: np.random.Generator) -> Tensor:

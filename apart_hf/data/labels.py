@@ -25,7 +25,7 @@ def own_names(split: Split) -> list[str] | None:
 
 def counts_from_one(splits: Sequence[Split], settings: DataSettings) -> bool:
     """Tell whether nameless labels are 1 to K: no split has a 0, and there are not to be K + 1 classes."""
-    if any(own_names(split) is not None or split.streamed or not len(split) for split in splits):
+    if any(own_names(split) is not None or not split.rows_known or not len(split) for split in splits):
         return False
     found = [split.labels() for split in splits]
     largest, names = max(int(labels.max()) for labels in found), settings.class_names
@@ -68,7 +68,7 @@ def find_class_names(splits: Sequence[Split], spec: DatasetSpec, settings: DataS
                 f"first is {strange[0]!r}; it needs every class of the data once."
             )
         return list(names)
-    if found is None and settings.streaming:
+    if found is None and not split.rows_known:
         count = settings.num_classes or spec.num_classes
         if count is None:
             raise ApartError(f"{spec.path} names no classes, and a stream is not counted: give --num-classes.")
@@ -87,7 +87,7 @@ def _of_model(names: list[str], found: list[str] | None, splits: Sequence[Split]
     used = set()
     for split in splits:
         own = own_names(split) or []
-        used |= set(own) if split.streamed else {own[i] for i in np.unique(split.labels()) if 0 <= i < len(own)}
+        used |= set(own) if not split.rows_known else {own[i] for i in np.unique(split.labels()) if 0 <= i < len(own)}
     strange = sorted(used - set(names))
     missing = [] if settings.only is not None else sorted(set(names) - set(found))
     if strange or missing:
@@ -102,9 +102,13 @@ def _numbers(splits: Sequence[Split], settings: DataSettings, expected: int | No
     labels = np.concatenate([split.labels() for split in splits])
     largest = int(np.max(labels, initial=-1))
     if settings.num_classes is None and largest >= max(len(labels), 1):
+        split, first = splits[0], int(labels.argmax())
+        if first >= len(split):
+            split, first = splits[-1], first - len(split)
         raise ApartError(
-            f"split {splits[0].name!r}: label {largest} at index {labels.argmax()} would make {largest + 1} "
-            f"classes of {len(labels)} images; correct it, or name the number of classes by --num-classes."
+            f"split {split.name!r}: label {largest} at index {first} ({split.origin(first, split.target_key)}) would "
+            f"make {largest + 1} classes of {len(labels)} images; correct it, or name the number of classes by "
+            "--num-classes."
         )
     if from_one:
         return [str(i + 1) for i in range(settings.num_classes or max(largest, expected or 0))]
@@ -153,7 +157,8 @@ def check_labels(split: Split, classes: int) -> None:
     if len(bad):
         raise ApartError(
             f"split {split.name!r}: {len(bad)} labels are outside 0..{highest}, the first at index {bad[0]} "
-            f"({labels[bad[0]]}); correct the labels, or choose a labelled split."
+            f"({labels[bad[0]]}), in {split.origin(int(bad[0]), split.target_key)}; correct the labels, or choose a "
+            "labelled split."
         )
 
 

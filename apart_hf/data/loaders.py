@@ -89,7 +89,8 @@ class Loaders:
         """Say why the images cannot be kept in memory; None: they can."""
         if self.data.train.streamed:
             return "a stream is not kept"
-        edge, images = self.settings.images["input_size"][-1], len(self.data.train) + len(self.data.val)
+        channels, _, edge = self.settings.images["input_size"]
+        images = len(self.data.train) + len(self.data.val)
         if self.data.image_size != (edge, edge) or edge > SMALL:
             width, height = self.data.image_size
             return f"images of {width}x{height} pixels are no small squares of the network's input size ({edge}x{edge})"
@@ -102,7 +103,7 @@ class Loaders:
             return f"{', '.join(used)} works on single images"
         if self.settings.images["crop_pct"] != 1:
             return f"--crop-pct {self.settings.images['crop_pct']} resizes single images"
-        if self.settings.loader == "auto" and not fits_in_memory(images, edge, self._padding):
+        if self.settings.loader == "auto" and not fits_in_memory(images, edge, self._padding, channels):
             return f"{images} images are too many to keep unasked"
         return None
 
@@ -127,6 +128,7 @@ class Loaders:
         decoded, good = decode(
             split,
             self.settings.images["input_size"][-1],
+            channels=self.settings.images["input_size"][0],
             skip_bad=self.settings.skip_bad,
             progress=f"decoding split {split.name}",
         )
@@ -170,8 +172,8 @@ class Loaders:
     def _stream(self, split: Split, training: bool) -> DataLoaderShard:
         settings, processes = self.settings, self.accelerator.num_processes
         size = settings.batch_size if training else settings.eval_batch_size
-        shards = split.data.num_shards
-        workers = min(settings.workers, shards // processes if shards % processes == 0 else shards)  # one part each
+        parts = split.parts
+        workers = min(settings.workers, parts // processes if parts % processes == 0 else parts)  # one part each
         dataset = StreamedImages(
             split,
             self._transform(training),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datasets import Dataset
 
 from apart_hf.data.columns import find_input_key, find_target_key
+from apart_hf.data.image_sizes import ImageSizes
 from apart_hf.data.labels import check_labels, compare_classes, counts_from_one, find_class_names, relabelling
 from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset
 from apart_hf.data.settings import DataSettings
@@ -26,11 +27,12 @@ class ImageData:
         val: what is evaluated after every epoch, and picks the best one.
         spec: with every name resolved.
         class_names: by class index.
-        image_size: (width, height) in pixels of the first training image.
+        image_size: (width, height) in pixels of training images, or what is taken for it where they differ.
         test: what is looked at once, at the end, where `val` is a part of the training split.
         notes: what was left out or is unlike what one may expect, in words.
         timm: in what timm's own reader of image folders sees other classes; None: it sees the same.
         labels_from: what tells the labels of image files; None: the column of a table.
+        sizes: of the training images that were looked at; None: all have `image_size`.
     """
 
     train: Split
@@ -42,6 +44,7 @@ class ImageData:
     notes: tuple[str, ...] = ()
     timm: str | None = None
     labels_from: str | None = None
+    sizes: ImageSizes | None = None
 
     @property
     def held_out(self) -> Split:
@@ -72,12 +75,12 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
     source = open_source(spec, settings.streaming, [name for name in asked if name is not None])
     train_name, val_name = _choose(source, spec, settings)
     chosen = [train_name] if val_name in (None, train_name) else [train_name, val_name]
-    loaded = load_splits(source, spec, chosen, settings.streaming)
+    loaded = load_splits(source, spec, chosen)
     if spec.local:
         spec = _only_what_is_there(spec, loaded, settings.named)
     columns = find_input_key(loaded[train_name], spec), find_target_key(loaded[train_name], spec)
     spec = replace(spec, train_split=train_name, val_split=val_name, input_key=columns[0], target_key=columns[1])
-    splits = [_split(loaded[name], name, columns, spec) for name in chosen]
+    splits = [_split(loaded[name], name, columns, spec, settings.streaming) for name in chosen]
     from_one = counts_from_one(splits, settings)
     names = find_class_names(splits, spec, settings, from_one)
     _check_number(names, spec, settings)
@@ -90,18 +93,20 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
         test = None if val_name is None else val
         rest, part = stratified(train.labels(), settings.val_fraction, settings.seed)
         train, val = train.part(rest), train.part(part)
-    if len(splits) == 2 and not settings.streaming:
+    if len(splits) == 2 and all(split.rows_known for split in splits):
         notes += compare_classes(splits[0], splits[1], names)
+    sizes = train.image_sizes(settings.skip_bad)
     return ImageData(
         train,
         val,
         spec,
         names,
-        train.image_size(settings.skip_bad),
+        sizes.decided,
         test,
         tuple(notes),
         timm=source.timm,
         labels_from=source.labels_from,
+        sizes=sizes,
     )
 
 
@@ -165,12 +170,12 @@ def _only_what_is_there(spec: DatasetSpec, splits: Mapping[str, Dataset], given:
     return _as_named(there, given)
 
 
-def _split(data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec) -> Split:
+def _split(data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec, streamed: bool) -> Split:
     for key, flag in zip(columns, ("--input-key", "--target-key")):
         if key not in data.features:
             raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")
-    split = Split.of(data, name, *columns)
-    if not split.streamed and not len(split):
+    split = Split.of(data, name, *columns, streamed=streamed)
+    if split.rows_known and not len(split):
         raise ApartError(f"split {name!r} of {spec.path} is empty.")
     return split
 
@@ -180,15 +185,21 @@ def _checked(split: Split, spec: DatasetSpec, names: list[str], settings: DataSe
     flexible = (settings.class_map or settings.class_names or settings.class_order) is not None
     relabel = relabelling(split, names, from_one, flexible, str(spec.train_split))
     split = replace(split, relabel=relabel)
-    if settings.streaming:
+    if not split.rows_known:
         return replace(split, size=_stream_size(split, spec, settings))
     check_labels(split, len(names))
+    if settings.train_num_samples is not None and _is_train(split, spec, settings):
+        return replace(split, size=settings.train_num_samples)
     return split
+
+
+def _is_train(split: Split, spec: DatasetSpec, settings: DataSettings) -> bool:
+    return settings.only is None and split.name == spec.train_split
 
 
 def _stream_size(split: Split, spec: DatasetSpec, settings: DataSettings) -> int | None:
     """Count the rows of a stream: as given, as its dataset says, as registered, or by reading a folder."""
-    is_train = settings.only is None and split.name == spec.train_split
+    is_train = _is_train(split, spec, settings)
     if is_train and settings.train_num_samples is not None:
         return settings.train_num_samples
     known = (split.data.info.splits or {}).get(split.name)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import datasets
 import huggingface_hub
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from apart_hf.data.image_folder import ImageFolder, shown
 from apart_hf.data.parquet_files import BUILDERS, TableFiles
@@ -89,14 +89,14 @@ def open_source(spec: DatasetSpec, streaming: bool = False, asked: Iterable[str]
         return _open_folder(spec.path, streaming, asked)
 
 
-def load_splits(source: Source, spec: DatasetSpec, names: Iterable[str], streaming: bool) -> Mapping[str, Dataset]:
-    """Load these splits of a source, as streams where that is asked for.
+def load_splits(source: Source, spec: DatasetSpec, names: Iterable[str]) -> Mapping[str, Dataset]:
+    """Load these splits of a source.
 
     Raises:
         ApartError: where that fails, with the reason and the cure.
     """
     with _explaining(spec):
-        return {name: _streamed(data) if streaming else data for name, data in source.load(names).items()}
+        return source.load(names)
 
 
 def _open_folder(path: str, streaming: bool, asked: Iterable[str]) -> Source:
@@ -185,8 +185,3 @@ def _explained(error: Exception, spec: DatasetSpec, offline: str) -> str:
         f"{reason}; check the name and the connection, log in (hf auth login) where it is private, or use --data-dir."
     )
 
-
-def _streamed(data: Dataset | IterableDataset) -> IterableDataset:
-    if isinstance(data, IterableDataset):
-        return data
-    return data.to_iterable_dataset(max(1, min(64, len(data) // 100)))

@@ -31,7 +31,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
     """
     model = Exported.read(folder)
     training, method = model.training, model.training.method or ""
-    height, width = model.config["pretrained_cfg"]["input_size"][1:]
+    channels, height, width = model.config["pretrained_cfg"]["input_size"]
     data_record, data_name = model.data, model.data.name
     card = ModelCard.from_template(
         _card_data(model, repo_id),
@@ -50,6 +50,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         else None,
         is_ours=is_registered_here(model.config["architecture"]),
         architecture=model.config["architecture"],
+        mode="L" if channels == 1 else "RGB",
         width=width,
         height=height,
         has_names=bool(model.config.get("label_names")),
@@ -107,8 +108,9 @@ def _card_data(model: Exported, repo_id: str) -> ModelCardData:
 
 
 def _summary(model: Exported) -> str:
-    training, size = model.training, "x".join(map(str, model.config["pretrained_cfg"]["input_size"][1:]))
-    text = f"`{model.config['architecture']}` for images of {size} pixels in {model.config['num_classes']} classes"
+    training, (channels, *size) = model.training, model.config["pretrained_cfg"]["input_size"]
+    shown = f"{'grey ' if channels == 1 else ''}images of {'x'.join(map(str, size))} pixels"
+    text = f"`{model.config['architecture']}` for {shown} in {model.config['num_classes']} classes"
     if training.method is None:
         return text + "."
     images = f" on {model.data.images:,} images of {training.dataset}" if training.data else ""

@@ -11,7 +11,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torchvision import transforms as T
 
+from apart_hf.data.transforms import grey_first
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.hub.model_folder import CONFIG, WEIGHTS, check_intact, model_cards_folder, weights_folder
 from apart_hf.utils.hub_client import attempt, check_repo_id, offline_if_unreachable
@@ -41,7 +43,7 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
 
     Returns:
         The timm model in eval mode, and a function from a PIL image to its input, a tensor (3, H, W) that is scaled
-        and normalised as the model was evaluated.
+        and normalised as the model was evaluated; of a model of grey images (1, H, W), also where the image is RGB.
 
     Raises:
         ApartError: where there is no such model, or the weights are not those that were exported: their sha256 is
@@ -66,8 +68,9 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ApartError(f"{name} is no model that timm loads ({reason}).") from error
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    return model, transform
+    images = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**images, is_training=False)
+    return model, T.Compose([*grey_first(images), *transform.transforms])
 
 
 def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = False) -> Path:

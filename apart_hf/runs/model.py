@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import pickle
 from typing import Any, cast
@@ -11,9 +10,10 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
-from timm.models import load_state_dict
+from timm.models import get_model_input_config, load_state_dict
 from torch import nn
 
+from apart_hf.config.model_arguments import CHANNELS, channels_of, model_arguments
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import ImageData, data_config
 from apart_hf.errors import ApartError, first_line
@@ -24,8 +24,14 @@ from apart_hf.utils.hub_client import offline_if_unreachable
 
 def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
     """Make the timm model for the data's classes, and timm's description of its evaluation images."""
-    usual = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, "pretrained": config.pretrained}
-    kwargs: dict[str, Any] = {key: value for key, value in usual.items() if value} | _model_kwargs(config)
+    usual = {
+        "drop_rate": config.drop,
+        "drop_path_rate": config.drop_path,
+        "pretrained": config.pretrained,
+        "in_chans": channels_of(config),
+    }
+    kwargs: dict[str, Any] = {key: value for key, value in usual.items() if value}
+    kwargs |= model_arguments(config.model_kwargs)
     try:
         source = timm.get_pretrained_cfg(config.model)
         if source is not None and source.fixed_input_size and config.img_size is not None:
@@ -40,6 +46,12 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
         raise ApartError(f"cannot create model {config.model!r}: {first_line(error)}") from error
     if config.initial_checkpoint is not None:
         load_weights(model, config.initial_checkpoint)
+    channels = get_model_input_config(model)["input_size"][0]
+    if channels not in CHANNELS:
+        raise ApartError(
+            f"model {config.model!r} takes images of {channels} channels, and images are read with 1 or 3 only; name "
+            "another, or --in-chans 3."
+        )
     size = data_config(
         pretrained_cfg(model),
         data.image_size,
@@ -48,6 +60,7 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
         std=config.std or data.spec.std,
         crop_pct=config.crop_pct,
         interpolation=None if config.interpolation == "random" else config.interpolation,
+        channels=channels,
     )
     try:
         with torch.no_grad():
@@ -56,9 +69,10 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
         if is_out_of_memory(error):
             raise
         edge, usual = size["input_size"][-1], pretrained_cfg(model)["input_size"][-1]
+        further = f" or leave --model-kwargs {' '.join(config.model_kwargs)} out" if config.model_kwargs else ""
         raise ApartError(
             f"model {config.model!r} does not take images of {edge} pixels ({first_line(error)}); "
-            f"try --img-size {usual}, the model's own."
+            f"try --img-size {usual}, the model's own{further and ',' + further}."
         ) from error
     if not isinstance(output, torch.Tensor) or output.shape != (1, len(data.class_names)):
         raise ApartError(
@@ -70,18 +84,6 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model, size
-
-
-def _model_kwargs(config: TrainConfig) -> dict[str, Any]:
-    """Read --model-kwargs as timm does: Python literals, else text."""
-    found = {}
-    for pair in config.model_kwargs or ():
-        key, _, value = pair.partition("=")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two of too deep a nesting
-            found[key] = value
-    return found
 
 
 def load_weights(model: nn.Module, file: str) -> None:

@@ -31,6 +31,8 @@ def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, i
     lines += [f"data: {note}." for note in data.notes]
     if data.timm is not None:
         lines.append(f"data: {data.timm}.")
+    if data.sizes is not None and data.sizes.note is not None:
+        lines.append(f"data: {data.sizes.note}.")
     if config.val_fraction is not None:
         test = f"split {data.test.name!r} is looked at once, at the end" if data.test else "there is no test split"
         lines.append(f"data: evaluation is on {config.val_fraction:g} of split {data.train.name!r}; {test}")

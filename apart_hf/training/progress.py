@@ -108,11 +108,11 @@ class EpochReport:
         finally:
             self._bar.close()
 
-    def show(self, batch: int) -> None:
-        """Say how it goes, where that is due after a batch."""
+    def show(self, batch: int) -> bool:
+        """Say how it goes, where that is due after a batch; return whether it was."""
         since = batch - self._shown
         if since < self.interval and not (self.on_terminal and since >= 5):
-            return
+            return False
         loss_sum, correct, seen = self._totals.tolist()
         rate = (seen - self._seen_before) * self.accelerator.num_processes / (time.perf_counter() - self._start)
         seen = seen or math.nan  # every step so far was left out
@@ -122,6 +122,7 @@ class EpochReport:
             self._bar.set_postfix_str(figures)
         else:
             _log.info("%s, step %d/%d: %s", self.title, batch, self.batches, figures)
+        return True
 
     def measured(self) -> tuple[TrainedEpoch, float]:
         """Return what was measured over all processes, and the number of samples; without one the loss is NaN."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from apart_hf.training.nonfinite import Guard
 from apart_hf.training.progress import EpochReport, Progress
 from apart_hf.training.random_state import random_state, set_random_state
 from apart_hf.training.state import ProcessState, TrainerState
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -121,9 +124,11 @@ class Trainer:
                 progress.end_step(made=self.guard.good)
                 if self.after_step is not None:
                     self.after_step()
-            report.show(number)
+            if report.show(number):
+                self._warn()
             if progress.has_made(max_steps):
                 break
+        self._warn()
         measured, samples = report.measured()
         self.guard.check_epoch(progress.steps, samples)
         self.guard.check_state(progress.steps)  # before it is evaluated and exported
@@ -177,6 +182,13 @@ class Trainer:
             self._restore_random()
             yield batch
         self._restore_random()  # no batch was left
+
+    def _warn(self) -> None:
+        """Say what the training data are found to be, once."""
+        warning = getattr(self.train_loader.dataset, "warning", None)
+        text = None if warning is None else warning()
+        if text is not None:
+            _log.warning("warning: %s", text)
 
     def _restore_random(self) -> None:
         """Set the random numbers of a checkpoint within an epoch: making the loader drew from them."""

@@ -125,6 +125,7 @@ def test_a_label_beyond_the_number_of_images(tmp_path):
     )
     for split in ("train", "test"):
         rows.to_parquet(str(tmp_path / f"{split}.parquet"))
-    with pytest.raises(ApartError, match=r"label 255 at index 2 would make 256 classes of 4 images; .*--num-classes"):
+    message = r"label 255 at index 2 \(row 2, column 'label'\) would make 256 classes of 4 images; .*--num-classes"
+    with pytest.raises(ApartError, match=message):
         load(data_dir=str(tmp_path))
     assert len(load(data_dir=str(tmp_path), num_classes=256).class_names) == 256

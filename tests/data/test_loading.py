@@ -32,8 +32,9 @@ def test_a_corrupt_image_is_named(tmp_path, position):
         (tmp_path / part).mkdir(parents=True)
         for i, image in enumerate(images(5)):
             image.save(tmp_path / part / f"{i}.png")
-    (tmp_path / "train" / "cat" / f"{position}.png").write_bytes(b"no image")
-    with pytest.raises(ApartError, match=f"image {position} of split 'train' cannot be decoded"):
+    file = tmp_path / "train" / "cat" / f"{position}.png"
+    file.write_bytes(b"no image")
+    with pytest.raises(ApartError, match=rf"image {position} of split 'train' \({file}\) cannot be decoded"):
         data = load(data_dir=str(tmp_path))
         TransformedImages(data.train, lambda image: image).__getitems__([1, 2, 3])
 

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from apart_hf.data import data_config
 from apart_hf.data.dataset_map import TransformedImages
 from apart_hf.data.decoding import rgb
-from apart_hf.data.transforms import eval_transform, train_transform
+from apart_hf.data.transforms import _posterize, eval_transform, train_transform
 from tests.support.helpers import load
 from tests.support.images import images
 
@@ -85,6 +85,22 @@ def test_small_images_are_resized_alike_in_training_and_evaluation():
     want = eval_transform(config)(original)
     drawn = [train_transform(config, (28, 28), padding=0)(original) for _ in range(8)]
     assert all(any(torch.equal(one, other) for other in (want, want.flip(-1))) for one in drawn)
+
+
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "rand-m9-n8", "augmix-m9-w3", "v0", "original", "3a"])
+def test_policies_run_in_any_version_of_pillow(aa):
+    """Pillow 13 refuses to keep 0 bits of an image, which timm's policies ask for now and then."""
+    config = data_config(timm.get_pretrained_cfg("resnet18").to_dict(), (28, 28))
+    transform = train_transform(config, (28, 28), aa=aa)
+    torch.manual_seed(0)
+    for image in images(300, (28, 28)):
+        assert transform(image).shape == (3, 28, 28)
+
+
+@pytest.mark.parametrize("bits, kept", [(0, 0), (1, 128), (3, 224), (8, 255)])
+def test_posterized_bits(bits, kept):
+    image = images(1, (28, 28))[0]
+    assert np.array_equal(np.asarray(_posterize(image, bits)), np.asarray(image) & kept)
 
 
 def test_grey_of_16_bits():

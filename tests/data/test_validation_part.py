@@ -43,7 +43,8 @@ def test_parts_of_the_demo_set():
     assert (len(data.train), len(data.val), len(data.test), data.test.name) == (5400, 600, 1000, "test")
     assert np.bincount(data.val.labels()).tolist() == [60] * 10
     assert not set(data.train.rows) & set(data.val.rows)
-    assert data.val.place(0) == f"image {data.val.rows[0]} of split 'train'"
+    row = data.val.rows[0]
+    assert data.val.place(0) == f"image {row} of split 'train' (row {row}, column 'image')"
     whole = load()
     assert data.val.cells([5]) == whole.train.cells([int(data.val.rows[5])])
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import DatasetDict
 
 from apart_hf import ApartError
 from apart_hf.cli.train import main
@@ -15,7 +16,7 @@ from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.train import train
 from apart_hf.training.epoch_metrics import Evaluation
 from apart_hf.utils.files import sha256
-from tests.support.helpers import PUSHED, REPO, arrived
+from tests.support.helpers import PUSHED, REPO, arrived, demo_rows
 from tests.support.processes import assert_equal_runs, latest, result
 from tests.support.settings import settings
 
@@ -42,6 +43,20 @@ def test_from_any_checkpoint_on_nothing_differs(case, little, tmp_path):
         again = train(settings(little, part.parent, **CASES[case], resume="auto"))
         assert again == part
         assert_equal_runs(whole, again)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_known_rows_goes_on(workers, tmp_path):
+    rows = {"train": demo_rows("train").select(range(72)), "test": demo_rows("test").select(range(30))}
+    DatasetDict(rows).save_to_disk(str(tmp_path / "saved"))
+    more = {"streaming": True, "workers": workers, "reprob": 0.5}
+    whole = train(settings(str(tmp_path / "saved"), tmp_path / "whole", **more))
+    part = shutil.copytree(whole, tmp_path / "part" / "run")
+    steps = sorted((part / "checkpoints").glob("step-*"))
+    for step in steps[len(steps) // 2 :]:  # the rest begins within an epoch
+        shutil.rmtree(step)
+    train(settings(str(tmp_path / "saved"), part.parent, **more, resume="auto"))
+    assert_equal_runs(whole, part)
 
 
 def test_the_case_without_a_checkpoint_starts_anew(little, tmp_path):
