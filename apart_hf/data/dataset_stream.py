@@ -145,8 +145,8 @@ class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
                 index_of = range(self.classes) if self.split.relabel is None else self.split.relabel
                 if label is None or not 0 <= label < len(index_of) or index_of[label] < 0:
                     raise OneProcessError(
-                        f"{place(self.split.target_key)} has label {label}, outside 0..{len(index_of) - 1}; correct it, "
-                        "or choose a labelled split."
+                        f"{place(self.split.target_key)} has label {label}, outside 0..{len(index_of) - 1}; correct "
+                        "it, or choose a labelled split."
                     )
                 label = int(index_of[label])
                 try:

@@ -184,4 +184,3 @@ def _explained(error: Exception, spec: DatasetSpec, offline: str) -> str:
     return (
         f"{reason}; check the name and the connection, log in (hf auth login) where it is private, or use --data-dir."
     )
-

@@ -113,9 +113,9 @@ def test_the_run_says_where_sizes_differ(tmp_path):
             PIL.new("L", size).save(folder / f"{number}.png")
     config = TrainConfig(data_dir=str(tmp_path))
     data = load_image_data(DataSettings(data_dir=str(tmp_path)))
-    lines = [line for line in describe_data(config, data, (3, 32, 32), "workers") if "sizes" in line]
+    lines = [line for line in describe_data(config, data, (3, 32, 32), "workers") if "several sizes" in line]
     assert lines == [
         "data: images have several sizes: of 20 looked at 19 have 32x32 pixels, and shorter edges are 30 to 32; they "
         "are taken for images of 32x32 (their size)."
     ]
-    assert not [line for line in describe_data(TrainConfig(), load(), (3, 28, 28), "memory") if "sizes" in line]
+    assert not [line for line in describe_data(TrainConfig(), load(), (3, 28, 28), "memory") if "several sizes" in line]
