@@ -6,9 +6,11 @@ from apart_hf import models as _models  # noqa: F401  registers our architecture
 from apart_hf.errors import ApartError
 from apart_hf.hub.pretrained import list_pretrained, load_pretrained
 from apart_hf.strategies.hyper_parameters import MethodName
+from apart_hf.strategies.loss import create_loss
 from apart_hf.strategies.methods import METHODS, Method, create_strategy, list_strategies
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass import TwoPassStrategy
+from apart_hf.strategies.two_pass_loss import TwoPassLoss
 from apart_hf.utils.lazy import lazy_exports
 from apart_hf.version import __version__
 
@@ -28,8 +30,10 @@ __all__ = [
     "MethodName",
     "Perturbation",
     "TrainConfig",
+    "TwoPassLoss",
     "TwoPassStrategy",
     "__version__",
+    "create_loss",
     "create_strategy",
     "list_pretrained",
     "list_strategies",

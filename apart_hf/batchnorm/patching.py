@@ -19,6 +19,10 @@ from apart_hf.batchnorm.layouts import Grouping
 from apart_hf.errors import ApartError
 
 
+class TooFewValues(ApartError):
+    """A group has one value per channel in some layer, so that it has no variance."""
+
+
 def _no_epilogue(layer: _BatchNorm, x: Tensor) -> Tensor:
     return x
 
@@ -96,7 +100,7 @@ def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int, processes:
         )
     values = x.numel() // (x.shape[1] * groups)
     if values * processes < 2:
-        raise ApartError(
+        raise TooFewValues(
             f"BatchNorm layer {_shown(name)} has one value per channel in a group (input {tuple(x.shape)}, "
             f"groups={groups}); use fewer groups, so that each has two samples or more, or a larger batch."
         )

@@ -95,6 +95,8 @@ def check_names(config: TrainConfig) -> None:
     if config.opt == "adahessian":
         raise ApartError("--opt adahessian needs second derivatives, which the two passes do not give; choose another.")
     check_hyper_parameters(config.method, config.hyper_parameters())
+    if config.epsilon_warmup_epochs and "epsilon" not in METHODS[config.method].hyper_parameters():
+        raise ApartError(f"--epsilon-warmup-epochs: the method {config.method!r} has no epsilon; leave the flag out.")
     if config.trackers:
         _check_trackers(config.trackers)
 

@@ -40,6 +40,10 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
         )
     if config.warmup_epochs >= epochs:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
+    if config.epsilon_warmup_epochs > epochs:
+        raise ApartError(
+            f"--epsilon-warmup-epochs {config.epsilon_warmup_epochs} does not end within --epochs {epochs}; shorten it."
+        )
     if config.img_size is None and config.input_size is not None:
         settings["img_size"] = config.input_size[-1]
     settings["in_chans"] = channels_of(config)

@@ -78,6 +78,14 @@ class OptimisationGroup:
     min_lr: float = _setting(0.0, "where the cosine ends", role="what", least=0, recorded=10)
     warmup_lr: float = _setting(0.0, "where the warmup starts", role="what", least=0, recorded=12)
     warmup_epochs: int = _setting(0, "epochs of linear warmup", role="what", least=0, recorded=11)
+    epsilon_warmup_epochs: int = _setting(
+        0,
+        "epochs in which epsilon rises from 0, in a straight line",
+        role="what",
+        least=0,
+        recorded=33,
+        in_tables=False,
+    )
     clip_grad: float | None = _setting(
         None, "largest norm of the combined gradient [off]", role="what", least=0, recorded=13
     )

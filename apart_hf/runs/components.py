@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def make_hyper_schedule(
+    config: FilledConfig, hyper: Mapping[str, Any], steps_per_epoch: int
+) -> Callable[[int], dict[str, float]] | None:
+    """What the method's hyper-parameters are after so many optimizer steps; None: what they are now.
+
+    Epsilon rises from 0 over the epochs of its warmup, in a straight line.
+    """
+    warmup = config.epsilon_warmup_epochs * steps_per_epoch
+    if not warmup:
+        return None
+    epsilon = hyper["epsilon"]
+    return lambda steps: {"epsilon": epsilon * min(1.0, steps / warmup)}
 
 
 def data_settings(config: TrainConfig) -> DataSettings:

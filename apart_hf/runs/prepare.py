@@ -23,7 +23,13 @@ from apart_hf.data.fingerprint import data_digest
 from apart_hf.hub.publish import check_access
 from apart_hf.runs.accelerator import make_accelerator
 from apart_hf.runs.checkpoints import Checkpoints
-from apart_hf.runs.components import data_settings, loader_settings, make_optimizer, make_scheduler
+from apart_hf.runs.components import (
+    data_settings,
+    loader_settings,
+    make_hyper_schedule,
+    make_optimizer,
+    make_scheduler,
+)
 from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.interruption import StopRequest
 from apart_hf.runs.location import make_folder
@@ -68,10 +74,9 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
         filled, data, accelerator, threads=threads, img_size=images["input_size"][-1], experiment=path.name
     )
     strategy = trainer.strategy
-    passes = strategy.method.passes(strategy.ratio, config.every)
     source = accelerator.unwrap_model(trainer.model).pretrained_cfg
     record = training_record(
-        config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes, source=source
+        config, data, strategy.hyper, passes=strategy.passes, processes=accelerator.num_processes, source=source
     )
     folder = RunFolder(path, config, images, data.class_names, record, data.val)
     checkpoints = Checkpoints(path / "checkpoints", accelerator, keep=config.checkpoint_hist)
@@ -84,7 +89,7 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
         _log.info(line)
     _log.info(
         f"model: {config.model}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters; strategy: "
-        f"{strategy}, {passes:g} passes a step"
+        f"{strategy}, {strategy.passes:g} passes a step"
     )
     _log.info(
         f"run: {config.epochs} epochs of {len(trainer.train_loader)} steps, {accelerator.num_processes} process(es) on "
@@ -114,13 +119,15 @@ def _make_trainer(
     model, optimizer = accelerator.prepare(model, optimizer)
     if ema is not None:
         ema.module.to(accelerator.device)
-    scheduler = make_scheduler(config, optimizer, math.ceil(len(train_loader) / config.grad_accum_steps))
+    steps_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
+    scheduler = make_scheduler(config, optimizer, steps_per_epoch)
     generator = torch.Generator().manual_seed(config.seed + accelerator.process_index)
     strategy = create_strategy(
         cast(MethodName, config.method),  # `check_names` knows it
         model,
         accelerator=accelerator,
         generator=generator,
+        every=config.every,
         **config.hyper_parameters(),
     )
     strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
@@ -139,7 +146,7 @@ def _make_trainer(
         val_loader=val_loader,
         mixup=mixup,
         clip_grad=config.clip_grad,
-        every=config.every,
+        hyper_schedule=make_hyper_schedule(config, strategy.hyper, steps_per_epoch),
         ema=ema,
         log_interval=config.log_interval,
         skip_bad=config.on_bad_image == "skip",

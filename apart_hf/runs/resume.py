@@ -54,10 +54,13 @@ def check_unchanged(folder: Path, before: dict[str, Any], settings: dict[str, An
     free = {key for key in settings if SETTINGS[key].on_resume == "free"}
     if settings["streaming"]:
         free.discard("workers")  # they share the stream out
+    was = {
+        key: before.get(key, SETTINGS[key].default) for key in settings
+    }  # a setting may be newer than the checkpoint
     changed = {
-        key: f"{key} (was {before.get(key)}, now {value})"
+        key: f"{key} (was {was[key]}, now {value})"
         for key, value in settings.items()
-        if key not in free and before.get(key) != value
+        if key not in free and was[key] != value
     }
     if changed and not override:
         raise ApartError(
@@ -100,7 +103,7 @@ def place(state: CheckpointState, images: tuple[int, int]) -> int:
 def go_on(run: Run) -> bool:
     """Bring a run to where its checkpoint is.
 
-    With `override` the optimizer's settings and the schedule are the new ones.
+    With `override` the settings of method and optimizer, and the schedule, are the new ones.
 
     Returns:
         Whether anything is left to do.
@@ -128,6 +131,7 @@ def go_on(run: Run) -> bool:
     given = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     run.checkpoints.restore(run.checkpoint)
     if config.override:
+        own.strategy = {key: value for key, value in own.strategy.items() if key not in ("hyper", "every")}
         state.trainer.scheduler = None
         for group, settings in zip(trainer.optimizer.param_groups, given):
             group.update(settings)

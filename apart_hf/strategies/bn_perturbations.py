@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,22 @@ class GroupStatistics(Perturbation):
                 f"from {', '.join(map(str, divisors))}, or another batch size or ratio."
             )
 
+    def fits(self, samples: int) -> Iterator[dict[str, Any]]:
+        """Name the largest number of groups that divides the samples; then one that leaves two samples in each."""
+        for groups in range(min(self.groups, samples), 0, -1):
+            if samples % groups == 0:
+                yield {} if groups == self.groups else {"groups": groups}
+                if samples // groups > 1:
+                    return
+
     def _active(self) -> dict[str, _BatchNorm]:
+        there = set(self.model.modules())
+        for name, layer in self.layers.items():
+            if layer not in there:
+                raise ApartError(
+                    f"BatchNorm layer {name!r} was replaced after the strategy was made (by convert_sync_batchnorm?); "
+                    "make the strategy once the model is as it is trained."
+                )
         layers = {name: layer for name, layer in self.layers.items() if layer.training}
         if not layers:
             raise ApartError(

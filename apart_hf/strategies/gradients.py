@@ -1,11 +1,12 @@
-"""What surrounds the clean pass: gradients that were there before, processes that average them, and what it returns."""
+"""Gradients around the clean pass: those before it, those of others, and processes that average them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,13 +36,35 @@ def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
     return no_sync() if no_sync is not None else nullcontext()
 
 
-def detached(output: Any) -> Any:
-    """Detach every tensor of a model's output, in tuples, lists and mappings as well."""
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, (tuple, list)):
-        items = [detached(item) for item in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if isinstance(output, Mapping):
-        return {key: detached(value) for key, value in output.items()}
-    return output
+def look_through(loss: Tensor) -> tuple[list[Tensor], bool]:
+    """Find the leaves of a loss's graph, and whether any value in it is float16."""
+    leaves: list[Tensor] = []
+    is_half, seen, left = False, set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None) if type(node).__name__ == "AccumulateGrad" else None
+        leaves += [] if leaf is None else [leaf]
+        is_half = is_half or any(value.dtype == torch.float16 for value in getattr(node, "_input_metadata", ()))
+        left.extend(before for before, _ in node.next_functions)
+    return leaves, is_half
+
+
+def silent_for_others(backward: Callable[[Tensor], Any], own: Container[Tensor]) -> Callable[[Tensor], Any]:
+    """Let a backward add nothing to leaves that are not `own`, such as a criterion's parameters.
+
+    They get zeros, in which values that are not finite stay visible.
+    """
+
+    def silent(loss: Tensor) -> None:
+        others = [leaf for leaf in look_through(loss)[0] if leaf not in own]
+        handles = [leaf.register_hook(lambda gradient: gradient * 0.0) for leaf in others]
+        try:
+            backward(loss)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return silent

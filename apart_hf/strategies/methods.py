@@ -13,6 +13,7 @@ from torch import nn
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.strategies import hyper_parameters as declared
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
+from apart_hf.strategies.checks import check_model
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass import TwoPassStrategy
@@ -150,6 +151,8 @@ def create_strategy(
     accelerator: declared.HasBackward | None = None,
     generator: torch.Generator | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    every: int = 1,
+    uneven: declared.Uneven = "error",
     **hyper: Any,
 ) -> TwoPassStrategy:
     """Make what fills `p.grad` for one batch, by a method's name: APART (Algorithm 1), SAM, both, or a plain step.
@@ -164,6 +167,11 @@ def create_strategy(
         generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
             generator.
         autocast: makes the context of the two forwards and their losses; the backwards stay outside of it.
+        every: the second pass is made in each so-manieth step, the others are plain steps. Steps are counted by the
+            strategy: each call is one, or, with an accelerator that accumulates, all up to its synchronisation.
+        uneven: what becomes of a batch that groups or ratio do not fit, such as the last one of an epoch. "error": it
+            is refused. "plain": it takes an ordinary pass. "fit": it takes the largest number of groups, and of samples
+            in the second pass, that fits it. What was done is logged once.
         **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()` has their defaults):
 
             - epsilon: radius of the statistics' perturbation, as a share of the batch's own mean and scale, >= 0.
@@ -180,7 +188,7 @@ def create_strategy(
     Raises:
         ApartError: (a ValueError) for an unknown method or hyper-parameter, a value out of range, or a model that the
             method does not take: without the layers that it perturbs, with a BN class that has a forward of its own,
-            or sharded.
+            sharded, in DataParallel, or not wrapped yet where several processes train. For what is no model, too.
 
     Example:
         >>> import timm, torch
@@ -195,10 +203,17 @@ def create_strategy(
         (apart(epsilon=0.1, groups=4, ratio=1.0), (8, 10))
     """
     known = check_hyper_parameters(name, hyper)
-    _refuse_sharded(model)
-    method = METHODS[name]
+    check_model(model, accelerator)
     return TwoPassStrategy(
-        name, method, model, known | hyper, accelerator=accelerator, generator=generator, autocast=autocast
+        name,
+        METHODS[name],
+        model,
+        known | hyper,
+        accelerator=accelerator,
+        generator=generator,
+        autocast=autocast,
+        every=every,
+        uneven=uneven,
     )
 
 
@@ -208,6 +223,11 @@ def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
     Raises:
         ApartError: where there is no such method, or it lacks one that is named in `hyper`.
     """
+    if not isinstance(name, str):
+        raise ApartError(
+            f"the name of a method comes first, and is one of {', '.join(METHODS)}; it was given an object of type "
+            f"{type(name).__name__}."
+        )
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     known = METHODS[name].hyper_parameters()
@@ -216,13 +236,3 @@ def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ApartError(f"method {name!r} has no hyper-parameter {key!r}; {has}.")
     return known
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineEngine"):
-                raise ApartError(
-                    f"the model is sharded ({kind.__name__}), and the second pass needs whole weights and gradients on "
-                    "each process; use DistributedDataParallel."
-                )

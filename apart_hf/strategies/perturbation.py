@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -25,7 +26,8 @@ class Perturbation:
 
     Args:
         model: the network, possibly wrapped.
-        **hyper: the hyper-parameters that `defaults` names, each as a keyword.
+        **hyper: the hyper-parameters that `defaults` names, each as a keyword. What is kept under the same name,
+            `strategy.set` can change.
 
     Example:
         >>> from contextlib import contextmanager
@@ -62,6 +64,8 @@ class Perturbation:
     defaults: ClassVar[dict[str, Any]] = {}
     #: True where `ascend` reads p.grad, so that it must hold the gradient of the clean pass alone.
     reads_weight_gradients: ClassVar[bool] = False
+    #: False where the number of samples has no effect, so that it need not be known.
+    counts_samples: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model
@@ -86,6 +90,29 @@ class Perturbation:
             ...     print(str(error).split(";")[0])
             groups=4 does not divide the 10 samples of the perturbed pass
         """
+
+    def fits(self, samples: int) -> Iterator[dict[str, Any]]:
+        """Name hyper-parameters under which a perturbed pass is possible, for `uneven="fit"`.
+
+        Args:
+            samples: N, the samples of that pass.
+
+        Returns:
+            What differs from the hyper-parameters in use, the nearest to them first; further ones are for the case that
+            the pass itself finds too few values in a layer. The base class changes nothing, where `check` allows it.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> (statistics,) = create_strategy("apart", timm.create_model("test_resnet"), groups=16).perturbations
+            >>> list(statistics.fits(samples=60)), list(statistics.fits(samples=8))
+            ([{'groups': 15}], [{'groups': 8}, {'groups': 4}])
+        """
+        try:
+            self.check(samples)
+        except ApartError:
+            return
+        yield {}
 
     def observed(self, samples: int) -> AbstractContextManager[None]:
         """Open the clean pass, in which the gradient to climb is collected; the base class does nothing.

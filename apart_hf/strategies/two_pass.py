@@ -1,26 +1,24 @@
-"""The one scheme behind all methods (Eq. 2): a clean pass, an ascent, a perturbed pass (Algorithm 1)."""
+"""What fills p.grad for one batch, as a training loop calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf.batchnorm.layouts import is_channels_last
-from apart_hf.batchnorm.patching import kept_buffers, untracked_statistics
-from apart_hf.errors import ApartError
-from apart_hf.strategies.gradients import detached, isolated_gradients, unsynchronised
-from apart_hf.strategies.hyper_parameters import HasBackward
+from apart_hf.strategies.algorithm import Algorithm, Backward, LossFunction
+from apart_hf.strategies.batches import count_images
+from apart_hf.strategies.checks import check_criterion, check_training, check_wrapping
+from apart_hf.strategies.hyper_parameters import HasBackward, Uneven
 
 if TYPE_CHECKING:
     from apart_hf.strategies.methods import Method
 
 
-class TwoPassStrategy:
+class TwoPassStrategy(Algorithm):
     """Algorithm 1 for any list of perturbations: what a training loop calls in the place of `loss.backward()`.
 
     It is made by `create_strategy`. Between two calls the model is what it was before: the same modules, parameters,
@@ -31,12 +29,13 @@ class TwoPassStrategy:
         method: what it combines.
         model: the network, possibly wrapped.
         hyper: every hyper-parameter of the method.
-        accelerator: see `create_strategy`, as for `generator` and `autocast`.
+        accelerator: see `create_strategy`, as for `generator`, `autocast`, `every` and `uneven`.
 
     Attributes:
         perturbations: one `Perturbation` for each class that the method names.
-        hyper: the hyper-parameters in use.
-        ratio: N/M, the share of the batch in the second pass.
+        hyper: the hyper-parameters in use; `set` changes them.
+        every, uneven: as `create_strategy` was given them.
+        steps: how many were made.
 
     Example:
         >>> import timm
@@ -56,91 +55,83 @@ class TwoPassStrategy:
         accelerator: HasBackward | None = None,
         generator: torch.Generator | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        every: int = 1,
+        uneven: Uneven = "error",
     ):
-        self.name, self.method, self.model, self.hyper = name, method, model, hyper
-        self.generator = generator
-        self.ratio = hyper.get("ratio", 1.0)
-        if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
-            raise ApartError(f"ratio={self.ratio!r}: N/M, the share of the batch in the second pass, is in (0, 1].")
-        self.perturbations = [
-            kind(model, **{key: hyper[key] for key in kind.defaults}) for kind in method.perturbations
-        ]
-        self._batchnorms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-        self._others = [m for m in model.modules() if m._buffers and not isinstance(m, _BatchNorm)]
-        self._autocast: Callable[[], AbstractContextManager[Any]] = autocast or nullcontext
-        self._backward: Callable[[Tensor], Any] = accelerator.backward if accelerator is not None else Tensor.backward
-        self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
+        super().__init__(name, method, model, hyper, generator=generator, autocast=autocast, every=every, uneven=uneven)
+        self._accelerator, self._wrapping_is_known = accelerator, False
 
-    def __repr__(self) -> str:
-        shown = (f"{key}={value}" for key, value in self.hyper.items() if value is not False)
-        return f"{self.name}({', '.join(shown)})"
-
-    @property
-    def passes(self) -> float:
-        """Tell the cost of a step with its second pass, in passes over the batch (see `Method.passes`).
-
-        Example:
-            >>> import timm
-            >>> from apart_hf import create_strategy
-            >>> create_strategy("apart", timm.create_model("test_resnet"), ratio=0.5).passes
-            1.5
-        """
-        return self.method.passes(self.ratio)
-
-    def second_pass_size(self, samples: int) -> int:
-        """Count the samples of the second pass, and check them against the needs of every perturbation.
-
-        Args:
-            samples: M, the samples of a batch.
-
-        Returns:
-            N = ratio * M.
-
-        Raises:
-            ApartError: where N is not a whole number, or a perturbation does not take it (`groups` must divide it).
-
-        Example:
-            >>> import timm
-            >>> from apart_hf import create_strategy
-            >>> strategy = create_strategy("apart", timm.create_model("test_resnet"), groups=4, ratio=0.5)
-            >>> strategy.second_pass_size(16)
-            8
-        """
-        size = round(self.ratio * samples)
-        if abs(size - self.ratio * samples) > 1e-4 or size < 1:  # a ratio may come rounded from a command line
-            raise ApartError(
-                f"ratio={self.ratio} of a batch of {samples} is {self.ratio * samples:g} samples, not a whole number; "
-                f"choose a ratio k/{samples}, for instance {max(size, 1)}/{samples} = {max(size, 1) / samples!r}."
-            )
-        for perturbation in self.perturbations:
-            perturbation.check(size)
-        return size
-
-    def accumulate_gradients(
+    def accumulate(
         self,
-        images: Tensor,
-        targets: Tensor,
-        criterion: Callable[[Any, Tensor], Tensor],
+        batch: Any,
+        loss_fn: LossFunction,
         *,
-        backward: Callable[[Tensor], Any] | None = None,
+        samples: int | None = None,
+        backward: Backward | None = None,
         perturb: bool = True,
+        ends_step: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """Add this batch's gradient to `p.grad` of every trainable parameter, as `backward()` does (Algorithm 1).
 
         Args:
-            images: (M, ...) the batch.
-            targets: (M, ...) class indices, or soft labels.
+            batch: tensors of M samples in dicts, lists, tuples, dataclasses, or containers of those.
+            loss_fn: loss_fn(batch) -> loss, or (loss, aux), by this strategy's model. The loss is a scalar, the *mean*
+                over the samples. It is called once in each pass, in the second one with N samples.
+            samples: M. None: the first dimension of the batch's tensors, which must be one for all that have any. Where
+                M is given, tensors of another first dimension belong to all samples, and so does what is no tensor.
+            backward: replaces `loss.backward()`, for instance `lambda loss: scaler.scale(loss).backward()`.
+            perturb: False: a plain step in a single pass.
+            ends_step: whether the optimizer steps after this batch, for `every`. None: as the accelerator says; without
+                one, it does.
+
+        Returns:
+            (loss, aux) of the clean pass, detached, aux in the containers that loss_fn returned; None: there was none.
+
+        Raises:
+            ApartError: where the batch does not fit the hyper-parameters (also by a group with one value per channel in
+                a layer), the model or all that is perturbed in it is in eval mode, the loss is none, or a layer's
+                forward is replaced already.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> strategy = create_strategy("apart", model, groups=2, ratio=0.5)
+            >>> def loss_fn(batch):
+            ...     logits = model(batch["pixel_values"])
+            ...     return torch.nn.functional.cross_entropy(logits, batch["labels"]), {"logits": logits}
+            >>> batch = {"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.arange(8)}
+            >>> loss, aux = strategy.accumulate(batch, loss_fn)
+            >>> loss.shape, aux["logits"].shape
+            (torch.Size([]), torch.Size([8, 10]))
+        """
+        return self._accumulate(batch, loss_fn, samples, samples is None, backward, perturb, ends_step)
+
+    def accumulate_gradients(
+        self,
+        images: Any,
+        targets: Any,
+        criterion: Callable[[Any, Any], Tensor],
+        *,
+        backward: Backward | None = None,
+        perturb: bool = True,
+        ends_step: bool | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Add this batch's gradient to `p.grad`: `accumulate` for a model of one input, and a criterion.
+
+        Args:
+            images: (M, ...) the batch; or tensors of M samples in containers, which the model takes as they are.
+            targets: (M, ...) class indices, or soft labels; or any containers of such.
             criterion: criterion(output, targets) -> scalar loss, the *mean* over the samples.
             backward: replaces `loss.backward()`, for instance `lambda loss: scaler.scale(loss).backward()`.
             perturb: False: a plain step in a single pass.
+            ends_step: see `accumulate`.
 
         Returns:
             (loss, output) of the clean pass, detached: a scalar, and what the model returns, usually logits (M, C).
 
         Raises:
-            ApartError: where the batch does not fit the hyper-parameters (also by a group with one value per channel in
-                a layer), the model or all that is perturbed in it is in eval mode, or a layer's forward is replaced
-                already.
+            ApartError: as `accumulate`, and where the criterion says that it sums over the samples.
 
         Example:
             >>> import timm, torch
@@ -154,104 +145,38 @@ class TwoPassStrategy:
             >>> all(p.grad is not None for p in model.parameters())
             True
         """
-        backward = backward or self._backward
-        if not self.model.training:
-            raise ApartError("the model is in eval mode; call model.train() before accumulate_gradients.")
-        if not (perturb and self.perturbations):
-            return self._pass(images, targets, criterion, backward)
-        samples, drawn = len(images), self.second_pass_size(len(images))
-        keeps = self.method.keeps_clean_gradient
-        clean_weight, perturbed_weight = samples / (samples + drawn), drawn / (samples + drawn)
+        if self.perturbations:
+            check_criterion(criterion)
 
-        others = [(b, b._version) for m in self._others for b in m.buffers(recurse=False)]
-        isolated = isolated_gradients(self.model) if self._isolates else nullcontext()
-        with isolated, unsynchronised(self.model), ExitStack() as observed:
-            for perturbation in self.perturbations:
-                observed.enter_context(perturbation.observed(samples))
-            loss, output = self._pass(images, targets, criterion, backward, clean_weight if keeps else 1.0)
-            for perturbation in self.perturbations:
-                perturbation.ascend(self.generator)
-            if not keeps:
-                # times zero rather than dropped: a non-finite gradient stays visible to GradScaler
-                torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 0.0)
+        def loss_fn(batch: tuple[Any, Any]) -> tuple[Tensor, Any]:
+            output = self.model(batch[0])
+            return criterion(output, batch[1]), output
 
-        images, targets = self._draw(images, targets, drawn)
-        with untracked_statistics(self._batchnorms), kept_buffers(others), ExitStack() as applied:
-            for perturbation in self.perturbations:
-                applied.enter_context(perturbation.applied(drawn))
-            self._pass(images, targets, criterion, backward, perturbed_weight if keeps else 1.0)
-        return loss, output
+        samples = count_images(images, targets) if self.counts_samples else None
+        return self._accumulate((images, targets), loss_fn, samples, True, backward, perturb, ends_step)
 
-    def _pass(
+    def _accumulate(
         self,
-        images: Tensor,
-        targets: Tensor,
-        criterion: Callable[[Any, Tensor], Tensor],
-        backward: Callable[[Tensor], Any],
-        weight: float = 1.0,
+        batch: Any,
+        loss_fn: LossFunction,
+        samples: int | None,
+        strict: bool,
+        backward: Backward | None,
+        perturb: bool,
+        ends_step: bool | None,
     ) -> tuple[Tensor, Any]:
-        with self._autocast():
-            output = self.model(images)
-            loss = criterion(output, targets)
-        backward(loss if weight == 1.0 else loss * weight)
-        return loss.detach(), detached(output)
-
-    def _draw(self, images: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Draw S of Algorithm 1, lines 6 and 7: the whole batch in its order, or the first N of a random permutation.
-
-        It is then put in the order that a perturbation computes fastest in, which has no effect on the gradient.
-        """
-        chosen = None
-        if size < len(images):
-            chosen = torch.randperm(len(images), generator=self.generator)[:size]
-        for perturbation in self.perturbations:
-            order = perturbation.order(size)
-            if order is not None:
-                chosen = order if chosen is None else chosen[order]
-        if chosen is None:
-            return images, targets
-        chosen = chosen.to(images.device)
-        subset = images.index_select(0, chosen)
-        if is_channels_last(images):
-            subset = subset.contiguous(memory_format=torch.channels_last)
-        return subset, targets.index_select(0, chosen)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must be kept between steps to go on exactly.
-
-        Returns:
-            The state of the generator, under the key "generator", where one was given; else nothing.
-
-        Example:
-            >>> import timm, torch
-            >>> from apart_hf import create_strategy
-            >>> model, generator = timm.create_model("test_resnet"), torch.Generator().manual_seed(0)
-            >>> list(create_strategy("apart", model, generator=generator).state_dict())
-            ['generator']
-        """
-        return {} if self.generator is None else {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned.
-
-        Args:
-            state: that of a strategy of the same method.
-
-        Raises:
-            ApartError: where one of the two has a generator, and the other has none.
-
-        Example:
-            >>> import timm, torch
-            >>> from apart_hf import create_strategy
-            >>> model = timm.create_model("test_resnet")
-            >>> one = create_strategy("random-bn", model, generator=torch.Generator().manual_seed(0))
-            >>> other = create_strategy("random-bn", model, generator=torch.Generator())
-            >>> other.load_state_dict(one.state_dict())
-            >>> torch.equal(one.generator.get_state(), other.generator.get_state())
-            True
-        """
-        if ("generator" in state) != (self.generator is not None):
-            has, lacks = ("state", "strategy") if "generator" in state else ("strategy", "state")
-            raise ApartError(f"the {has} has a generator, the {lacks} has none; pass generator= as when it was saved.")
-        if self.generator is not None:
-            self.generator.set_state(state["generator"])
+        if not self._wrapping_is_known:
+            check_wrapping(self.model)
+            self._wrapping_is_known = True
+        check_training(self.model)
+        if backward is None:
+            backward = Tensor.backward if self._accelerator is None else self._accelerator.backward
+        if ends_step is None:
+            ends_step = getattr(self._accelerator, "sync_gradients", True)
+        plan = self.plan(batch, samples, strict=strict, perturb=perturb)
+        if plan is None:
+            result = self.one_pass(batch, loss_fn, backward)
+        else:
+            result = self.two_passes(batch, loss_fn, backward, plan)
+        self.steps += bool(ends_step)
+        return result

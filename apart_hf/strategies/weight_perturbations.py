@@ -29,6 +29,7 @@ class Weights(Perturbation):
 
     defaults: ClassVar = {"rho": 0.05, "global_norm": False}
     reads_weight_gradients = True
+    counts_samples = False
 
     def __init__(self, model: nn.Module, *, rho: float, global_norm: bool):
         self.model, self.global_norm = model, global_norm

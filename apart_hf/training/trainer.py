@@ -1,4 +1,4 @@
-"""The Accelerate training loop. It knows nothing of strategies beyond `accumulate_gradients` and their state."""
+"""The Accelerate training loop. It knows of strategies how they step, are set and are kept, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Trainer:
     Args:
         accelerator: has prepared model, optimizer and loaders.
         model: in any wrapper.
-        strategy: its `accumulate_gradients` fills p.grad.
+        strategy: its `accumulate_gradients` fills p.grad; it was given the accelerator, which tells it where steps end.
         optimizer: stepped once in as many batches as the accelerator accumulates.
         scheduler: timm's, stepped by update; None: a constant learning rate.
         criterion: criterion(output, targets) -> mean loss; takes soft targets where `mixup` makes them.
         train_loader, val_loader: batches of (images, class indices).
         mixup: timm's Mixup, drawn once a batch and so the same in both passes; None: off.
         clip_grad: largest norm of the combined gradient; None: off.
-        every: the second pass is made in every so-manieth step; the others are plain steps.
+        hyper_schedule: gives the hyper-parameters of the next step from the number of steps made; None: they stay.
         ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
         skip_bad: the loaders pass over bad images; each epoch's metrics count them.
@@ -59,7 +59,7 @@ class Trainer:
     val_loader: Any
     mixup: Callable | None = None
     clip_grad: float | None = None
-    every: int = 1
+    hyper_schedule: Callable[[int], dict[str, float]] | None = None
     ema: ModelEmaV3 | None = None
     log_interval: int = 50
     skip_bad: bool = False
@@ -150,13 +150,14 @@ class Trainer:
         number = self.progress.steps + 1
         if self.scheduler is not None:
             self.scheduler.step_update(self.progress.steps)
+        if self.hyper_schedule is not None:
+            self.strategy.set(**self.hyper_schedule(self.progress.steps))
         with self.accelerator.accumulate(self.model):
             self.guard.before()
             loss, output = self.strategy.accumulate_gradients(
                 images,
                 targets,
                 self.criterion,
-                perturb=number % self.every == 0,
                 backward=lambda loss: self.accelerator.backward(loss if share == 1.0 else loss * share),
             )
             good = self.guard.judge(number, images, loss)  # False before the last batch of a step
@@ -225,7 +226,7 @@ class Trainer:
         if self.ema is not None and shared.ema is not None:
             self.ema.load_state_dict(shared.ema)
         self.guard.load_state_dict(shared.guard)
-        self.strategy.load_state_dict(own.strategy)
+        self.strategy.load_state_dict({"steps": progress.steps, **own.strategy})  # 0.1.0 did not keep them there
         progress.totals = None if own.totals is None else own.totals.to(self.accelerator.device)
         if self.skip_bad:
             self.train_loader.dataset.mark_skipped(own.skipped if progress.batch else [])

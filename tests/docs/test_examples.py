@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import apart_hf
-from apart_hf import METHODS, Method, Perturbation, TwoPassStrategy
+from apart_hf import METHODS, Method, Perturbation, TwoPassLoss, TwoPassStrategy
+from apart_hf.strategies.state import StrategyState
 
-CLASSES = (Method, Perturbation, TwoPassStrategy)
+CLASSES = (Method, Perturbation, StrategyState, TwoPassLoss, TwoPassStrategy)
 NOT_CALLED = {"METHODS", "MethodName", "__version__"}  # a table, a type and a string, shown in the examples of others
 SECTIONS = re.compile(r"^\s*(Args|Returns|Raises|Attributes|Example|Examples):", re.MULTILINE)
 

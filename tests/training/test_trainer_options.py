@@ -23,14 +23,14 @@ from tests.support.helpers import assert_same, batch, build, gradients
 HYPER = {"apart": {"groups": 2}, "sam": {"rho": 0.1}, "apart-sam": {"groups": 2, "rho": 0.2}}
 
 
-def trainer(model, method, rows, batch_size, accumulated=1, lr=1e-4, **more):
+def trainer(model, method, rows, batch_size, accumulated=1, lr=1e-4, every=1, **more):
     """Over `rows` images in order, by plain SGD in small steps: rounding grows exponentially in large ones."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
     images, labels = batch(rows)
     loader = torch.utils.data.DataLoader(list(zip(images, labels.tolist())), batch_size=batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    strategy = create_strategy(method, model, accelerator=accelerator, **HYPER.get(method, {}))
+    strategy = create_strategy(method, model, accelerator=accelerator, every=every, **HYPER.get(method, {}))
     return Trainer(accelerator, model, strategy, optimizer, None, cross_entropy, loader, loader, **more)
 
 

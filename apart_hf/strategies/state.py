@@ -1,0 +1,218 @@
+"""What a strategy keeps between steps: its hyper-parameters, how many steps it has made, and its generator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from apart_hf.errors import ApartError
+from apart_hf.strategies.fitting import whole_size
+from apart_hf.strategies.hyper_parameters import Uneven
+
+if TYPE_CHECKING:
+    from apart_hf.strategies.methods import Method
+    from apart_hf.strategies.perturbation import Perturbation
+
+
+class HyperParameters(dict[str, Any]):
+    """The hyper-parameters of a strategy, to read: `strategy.set` changes them."""
+
+    def _refused(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ApartError(
+            "hyper-parameters are read here; change them by strategy.set(epsilon=0.05), between two steps."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refused
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+class StrategyState:
+    """Hyper-parameters that are checked whenever they change, and the count of steps that `every` refers to.
+
+    Args:
+        name, method, model, hyper, generator, every, uneven: see `TwoPassStrategy`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        model: nn.Module,
+        hyper: dict[str, Any],
+        *,
+        generator: torch.Generator | None = None,
+        every: int = 1,
+        uneven: Uneven = "error",
+    ):
+        self.name, self.method, self.model, self.generator = name, method, model, generator
+        self.hyper: dict[str, Any] = HyperParameters(hyper)
+        self.every, self.uneven, self.steps = every, uneven, 0
+        self._check(hyper, every, uneven)
+        self.perturbations = self._made(hyper)
+
+    def __repr__(self) -> str:
+        shown = {key: value for key, value in self.hyper.items() if value is not False}
+        shown |= {"every": self.every} if self.every != 1 else {}
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in shown.items())})"
+
+    @property
+    def ratio(self) -> float:
+        """Tell N/M, the share of the batch in the second pass.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> create_strategy("apart", timm.create_model("test_resnet"), ratio=0.5).ratio
+            0.5
+        """
+        return self.hyper.get("ratio", 1.0)
+
+    @property
+    def passes(self) -> float:
+        """Tell the mean cost of a step, in passes over the batch (see `Method.passes`).
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet")
+            >>> create_strategy("apart", model, ratio=0.5).passes, create_strategy("sam", model, every=4).passes
+            (1.5, 1.25)
+        """
+        return self.method.passes(self.ratio, self.every)
+
+    def second_pass_size(self, samples: int) -> int:
+        """Count the samples of the second pass, and check them against the needs of every perturbation.
+
+        Args:
+            samples: M, the samples of a batch.
+
+        Returns:
+            N = ratio * M.
+
+        Raises:
+            ApartError: where N is not a whole number, or a perturbation does not take it (`groups` must divide it).
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> strategy = create_strategy("apart", timm.create_model("test_resnet"), groups=4, ratio=0.5)
+            >>> strategy.second_pass_size(16)
+            8
+        """
+        size = whole_size(self.ratio, samples)
+        for perturbation in self.perturbations:
+            perturbation.check(size)
+        return size
+
+    def set(self, **changes: Any) -> None:
+        """Change hyper-parameters between two steps, for instance by a schedule.
+
+        Args:
+            **changes: hyper-parameters of the method, `every` or `uneven`, checked as `create_strategy` checks them.
+
+        Raises:
+            ApartError: where one is unknown or out of its range. Then nothing was changed.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> strategy = create_strategy("apart-sam", timm.create_model("test_resnet"), groups=4)
+            >>> for step in range(3):
+            ...     strategy.set(epsilon=0.05 * step, rho=0.1 * step)
+            >>> strategy.set(every=2)
+            >>> strategy
+            apart-sam(epsilon=0.1, groups=4, ratio=1.0, rho=0.2, every=2)
+        """
+        every, uneven = changes.pop("every", self.every), changes.pop("uneven", self.uneven)
+        for key in changes:
+            if key not in self.hyper:
+                has = ", ".join([*self.hyper, "every", "uneven"])
+                raise ApartError(f"method {self.name!r} has no hyper-parameter {key!r} to set; it has {has}.")
+        hyper = self.hyper | changes
+        self._check(hyper, every, uneven)
+        changed = frozenset(key for key, value in hyper.items() if value != self.hyper[key])
+        if changed:
+            self._take_over(self._made(hyper), changed)
+        self.hyper, self.every, self.uneven = HyperParameters(hyper), every, uneven
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be kept between steps to go on exactly.
+
+        Returns:
+            The hyper-parameters under "hyper", "every", the number of "steps" that were made, and, where a generator
+            was given, its state under "generator".
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model, generator = timm.create_model("test_resnet"), torch.Generator().manual_seed(0)
+            >>> state = create_strategy("sam", model, generator=generator, every=3).state_dict()
+            >>> state.pop("generator").dtype, state
+            (torch.uint8, {'steps': 0, 'every': 3, 'hyper': {'rho': 0.05, 'global_norm': False}})
+        """
+        state: dict[str, Any] = {"steps": self.steps, "every": self.every, "hyper": dict(self.hyper)}
+        return state if self.generator is None else state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned.
+
+        What the state lacks stays as it is: earlier versions kept the generator alone.
+
+        Args:
+            state: that of a strategy of the same method.
+
+        Raises:
+            ApartError: where one of the two has a generator, and the other has none, or the state is of another method.
+                Then nothing was changed.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet")
+            >>> one = create_strategy("random-bn", model, epsilon=0.2, generator=torch.Generator().manual_seed(0))
+            >>> other = create_strategy("random-bn", model, generator=torch.Generator())
+            >>> other.load_state_dict(one.state_dict())
+            >>> torch.equal(one.generator.get_state(), other.generator.get_state()), other.hyper["epsilon"]
+            (True, 0.2)
+        """
+        if ("generator" in state) != (self.generator is not None):
+            has, lacks = ("state", "strategy") if "generator" in state else ("strategy", "state")
+            raise ApartError(f"the {has} has a generator, the {lacks} has none; pass generator= as when it was saved.")
+        hyper = state.get("hyper", self.hyper)
+        if hyper.keys() != self.hyper.keys():
+            raise ApartError(
+                f"the state has the hyper-parameters {', '.join(hyper) or 'of a plain step'}, and the method "
+                f"{self.name!r} has {', '.join(self.hyper) or 'none'}; load the state of a strategy of the same method."
+            )
+        self.set(**hyper, every=state.get("every", self.every))
+        self.steps = state.get("steps", self.steps)
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+
+    def _check(self, hyper: dict[str, Any], every: Any, uneven: Any) -> None:
+        """Check what no perturbation does."""
+        ratio = hyper.get("ratio", 1.0)
+        if not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
+            raise ApartError(f"ratio={ratio!r}: N/M, the share of the batch in the second pass, is in (0, 1].")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ApartError(f"every={every!r}: the second pass is made in each so-manieth step, an integer >= 1.")
+        if uneven not in ("error", "plain", "fit"):
+            raise ApartError(f"uneven={uneven!r}: choose 'error', 'plain' or 'fit'.")
+
+    def _made(self, hyper: dict[str, Any]) -> list[Perturbation]:
+        """Make each perturbation of the method, which checks its own hyper-parameters."""
+        return [kind(self.model, **{key: hyper[key] for key in kind.defaults}) for kind in self.method.perturbations]
+
+    def _take_over(self, made: list[Perturbation], changed: frozenset[str]) -> None:
+        """Give the perturbations that are in use the hyper-parameters of others that were made, and so checked."""
+        for old, new in zip(self.perturbations, made):
+            lacking = [key for key in old.defaults if key in changed and not hasattr(new, key)]
+            if lacking:
+                raise ApartError(f"{type(old).__name__} has no attribute {lacking[0]!r}, so that it cannot be set.")
+        for old, new in zip(self.perturbations, made):
+            for key in changed.intersection(old.defaults):
+                setattr(old, key, getattr(new, key))

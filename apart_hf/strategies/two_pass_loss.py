@@ -1,0 +1,202 @@
+"""The two passes as a loss: they run when it is computed, and its `backward` hands their gradients on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from apart_hf.errors import ApartError
+from apart_hf.strategies.autocast import AmbientAutocast
+from apart_hf.strategies.batches import detached
+from apart_hf.strategies.checks import check_loss, check_model, check_wrapping, split_result
+from apart_hf.strategies.ddp import find_ddp, within_forward
+from apart_hf.strategies.fitting import Plan
+from apart_hf.strategies.hyper_parameters import MethodName, Uneven
+from apart_hf.strategies.inner_backward import InnerBackward
+from apart_hf.strategies.methods import create_strategy
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+class _Finished(torch.autograd.Function):
+    """A loss whose gradients are known: its backward gives them, times what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        """Take the loss, and as many leaves as gradients: (loss, count, *leaves, *gradients)."""
+        ctx.save_for_backward(*tensors[count:])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient * scale.to(gradient.device) for gradient in ctx.saved_tensors]
+        return None, None, *gradients, *[None] * len(gradients)
+
+
+class TwoPassLoss(Generic[Batch, Result]):
+    """A loss that makes both passes, for loops that own the backward. It is made by `create_loss`.
+
+    Args:
+        name, generator, every, uneven, hyper: see `create_loss`.
+        model: the network, possibly wrapped.
+        loss_fn: loss_fn(model, batch) -> loss, or (loss, aux).
+
+    Attributes:
+        strategy: has the hyper-parameters, and counts the steps.
+
+    Example:
+        >>> import timm, torch
+        >>> from apart_hf import create_loss
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> def loss_fn(model, batch):
+        ...     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> create_loss("apart", model, loss_fn, groups=4, every=2).strategy
+        apart(epsilon=0.1, groups=4, ratio=1.0, every=2)
+    """
+
+    def __init__(
+        self,
+        name: MethodName,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Batch], Result],
+        *,
+        generator: torch.Generator | None,
+        every: int,
+        uneven: Uneven,
+        hyper: dict[str, Any],
+    ):
+        check_model(model)
+        if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+            raise ApartError(
+                f"loss_fn is an object of type {type(loss_fn).__name__}, and is to be a function of model and batch: "
+                "lambda model, batch: criterion(model(batch[0]), batch[1])."
+            )
+        self.model, self.loss_fn = model, loss_fn
+        self._ddp = find_ddp(model)
+        network = model if self._ddp is None else self._ddp.module
+        self._autocast = AmbientAutocast({"cpu", *(p.device.type for p in network.parameters())})
+        self.strategy = create_strategy(
+            name, network, generator=generator, autocast=self._autocast.again, every=every, uneven=uneven, **hyper
+        )
+        self._backward, self._wrapping_is_known = InnerBackward(network), False
+
+    def __call__(
+        self, batch: Batch, *, samples: int | None = None, perturb: bool = True, ends_step: bool = True
+    ) -> Result:
+        """Compute the loss of a batch, and the gradient that its `backward` adds to p.grad.
+
+        In eval mode and under torch.no_grad this is `loss_fn(model, batch)`.
+
+        Args:
+            batch: see `TwoPassStrategy.accumulate`, as for `samples` and `perturb`.
+            samples: in the batch; None: it tells.
+            perturb: False: a plain loss.
+            ends_step: whether the optimizer steps after this batch, for `every`.
+
+        Returns:
+            The loss of the clean pass, or (loss, aux) where loss_fn returns that; aux is detached.
+
+        Raises:
+            ApartError: as `TwoPassStrategy.accumulate` does.
+        """
+        if not self._wrapping_is_known:
+            check_wrapping(self.model)
+            self._wrapping_is_known = True
+        network = self.strategy.model
+        trains = network.training and torch.is_grad_enabled()
+        plan = self.strategy.plan(batch, samples, strict=samples is None, perturb=perturb) if trains else None
+        kind: type = Tensor
+        aux: Any = None
+
+        def loss_fn(part: Any) -> Result:
+            nonlocal kind
+            result = self.loss_fn(network, part)
+            kind = type(result)
+            return result
+
+        def compute() -> Tensor:
+            nonlocal aux
+            if plan is not None:
+                loss, aux = self._two_passes(batch, loss_fn, plan)
+                return loss
+            loss, aux = split_result(loss_fn(batch))
+            if trains:
+                loss, aux = check_loss(loss), detached(aux)
+            return loss
+
+        loss = compute() if self._ddp is None else within_forward(self._ddp, compute)
+        self.strategy.steps += int(trains and ends_step)
+        if not issubclass(kind, tuple):
+            return cast(Result, loss)
+        return cast(Result, kind._make((loss, aux)) if hasattr(kind, "_make") else (loss, aux))
+
+    def _two_passes(self, batch: Any, loss_fn: Callable[[Any], Any], plan: Plan) -> tuple[Tensor, Any]:
+        backward = self._backward
+        with self._autocast.aside(), backward.collecting():
+            backward.is_half = self._autocast.is_half
+            loss, aux = self.strategy.two_passes(batch, loss_fn, backward, plan)
+            leaves, gradients = zip(*backward.collected())
+        return _Finished.apply(loss, len(leaves), *leaves, *gradients), aux
+
+    def set(self, **changes: Any) -> None:
+        """Change hyper-parameters between two steps, see `TwoPassStrategy.set`.
+
+        Args:
+            **changes: hyper-parameters of the method, `every` or `uneven`.
+
+        Raises:
+            ApartError: where one is unknown or out of its range.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_loss
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> compute_loss = create_loss("sam", model, lambda model, batch: model(batch).logsumexp(1).mean())
+            >>> compute_loss.set(rho=0.1)
+            >>> compute_loss.strategy
+            sam(rho=0.1)
+        """
+        self.strategy.set(**changes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be kept between steps to go on exactly.
+
+        Returns:
+            That of the strategy and, where activations were float16, their scale.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_loss
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> create_loss("sam", model, lambda model, batch: model(batch).logsumexp(1).mean()).state_dict()
+            {'steps': 0, 'every': 1, 'hyper': {'rho': 0.05, 'global_norm': False}}
+        """
+        return self.strategy.state_dict() | self._backward.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned.
+
+        Args:
+            state: that of a loss, or of a strategy, of the same method.
+
+        Raises:
+            ApartError: as `TwoPassStrategy.load_state_dict` does.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_loss
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> one, other = (create_loss("sam", model, lambda model, batch: model(batch).mean()) for _ in range(2))
+            >>> one.set(rho=0.3)
+            >>> other.load_state_dict(one.state_dict())
+            >>> other.strategy
+            sam(rho=0.3)
+        """
+        self.strategy.load_state_dict(state)
+        self._backward.load_state_dict(state)
