@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
+from torch import nn
 
 
 class AmbientAutocast:
@@ -15,18 +16,20 @@ class AmbientAutocast:
     In a plain loop the backward stays outside of autocast, too: within it, a backward would compute in other dtypes.
 
     Args:
-        devices: types of device whose autocast counts, such as "cuda".
+        network: what is trained; autocast for its devices, and for the CPU, is looked at.
     """
 
-    def __init__(self, devices: set[str]):
-        self.devices = sorted(kind for kind in devices if torch.amp.is_autocast_available(kind))
+    def __init__(self, network: nn.Module):
+        self.network = network
         self._contexts: list[Callable[[], AbstractContextManager[None]]] = []
         self.is_half = False
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Leave autocast within the block. `is_half` tells whether it was for float16."""
-        active = [(kind, torch.get_autocast_dtype(kind)) for kind in self.devices if torch.is_autocast_enabled(kind)]
+        kinds = {"cpu", *(p.device.type for p in self.network.parameters())}
+        known = sorted(kind for kind in kinds if torch.amp.is_autocast_available(kind))
+        active = [(kind, torch.get_autocast_dtype(kind)) for kind in known if torch.is_autocast_enabled(kind)]
         caches = torch.is_autocast_cache_enabled()
         self.is_half = any(dtype == torch.float16 for _, dtype in active)
         self._contexts = [partial(torch.autocast, kind, dtype=dtype, cache_enabled=caches) for kind, dtype in active]

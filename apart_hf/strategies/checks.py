@@ -81,8 +81,10 @@ def check_criterion(criterion: Any) -> None:
     Raises:
         ApartError: for reduction="sum".
     """
-    keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
-    if keywords.get("reduction", getattr(criterion, "reduction", None)) == "sum":
+    reduction = None
+    while isinstance(criterion, functools.partial):  # the outermost keyword counts
+        reduction, criterion = reduction or criterion.keywords.get("reduction"), criterion.func
+    if (reduction or getattr(criterion, "reduction", None)) == "sum":
         raise ApartError(
             "the criterion has reduction='sum', and the two passes weight means over their samples; use "
             "reduction='mean', and a learning rate times the batch size."

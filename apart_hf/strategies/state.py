@@ -125,7 +125,7 @@ class StrategyState:
             ...     strategy.set(epsilon=0.05 * step, rho=0.1 * step)
             >>> strategy.set(every=2)
             >>> strategy
-            apart-sam(epsilon=0.1, groups=4, ratio=1.0, rho=0.2, every=2)
+            apart-sam(epsilon=0.1, groups=4, rho=0.2, ratio=1.0, every=2)
         """
         every, uneven = changes.pop("every", self.every), changes.pop("uneven", self.uneven)
         for key in changes:

@@ -80,7 +80,7 @@ class TwoPassLoss(Generic[Batch, Result]):
         self.model, self.loss_fn = model, loss_fn
         self._ddp = find_ddp(model)
         network = model if self._ddp is None else self._ddp.module
-        self._autocast = AmbientAutocast({"cpu", *(p.device.type for p in network.parameters())})
+        self._autocast = AmbientAutocast(network)
         self.strategy = create_strategy(
             name, network, generator=generator, autocast=self._autocast.again, every=every, uneven=uneven, **hyper
         )

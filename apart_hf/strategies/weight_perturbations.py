@@ -67,12 +67,13 @@ class Weights(Perturbation):
 
     @contextmanager
     def applied(self, samples: int) -> Iterator[None]:
-        # put back by copy: adding and subtracting the step would leave rounding errors, different on each rank
+        # put back by copy: adding and subtracting the step would leave rounding errors, different on each rank; through
+        # .data, since the weights come back as they were: graphs that hold them, of other terms of a loss, stay valid
         before = [(p, p.detach().clone()) for p, _ in self._steps]
         try:
             with torch.no_grad():
                 for p, step in self._steps:
-                    p.add_(step)
+                    p.data.add_(step)
             self._steps = []
             torch.clear_autocast_cache()  # it may hold casts of the weights as they were
             yield
@@ -80,7 +81,7 @@ class Weights(Perturbation):
             self._steps = []
             with torch.no_grad():
                 for p, value in before:
-                    p.copy_(value)
+                    p.data.copy_(value)
             torch.clear_autocast_cache()
 
 

@@ -10,6 +10,7 @@ import torch
 
 import apart_hf
 from apart_hf import METHODS, Method, Perturbation, TwoPassLoss, TwoPassStrategy
+from apart_hf.integrations.timm import apart
 from apart_hf.strategies.state import StrategyState
 
 CLASSES = (Method, Perturbation, StrategyState, TwoPassLoss, TwoPassStrategy)
@@ -20,6 +21,7 @@ SECTIONS = re.compile(r"^\s*(Args|Returns|Raises|Attributes|Example|Examples):",
 def public():
     """Names and objects that users call: what the package exports, with the public methods of what they make."""
     found = {name: getattr(apart_hf, name) for name in apart_hf.__all__ if name not in NOT_CALLED}
+    found["integrations.timm.apart"] = apart
     for kind in CLASSES:
         methods = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
         found |= {

@@ -22,7 +22,7 @@ from tests.support.settings import settings
 
 CASES = {
     "standard": {"method": "standard", "drop": 0.3, "mixup": 0.2},
-    "apart": {"method": "apart", "groups": 2, "ratio": 0.5, "model_ema": True, "every": 2},
+    "apart": {"method": "apart", "groups": 2, "ratio": 0.5, "model_ema": True, "every": 2, "epsilon_warmup_epochs": 1},
     "apart, workers": {"method": "apart", "groups": 2, "loader": "workers", "workers": 1, "reprob": 0.5},
     "apart, stream": {"method": "apart", "groups": 2, "streaming": True, "shuffle_buffer": 20},
     "sam": {"method": "sam", "grad_accum_steps": 2, "opt": "adamw", "lr": 1e-3, "checkpoint_every": "1"},

@@ -8,15 +8,15 @@ from typing import get_args, get_overloads, get_type_hints
 import pytest
 from mypy import api
 
-from apart_hf import create_strategy, list_strategies
-from apart_hf.strategies.hyper_parameters import MethodName, Standard
+from apart_hf import create_loss, create_strategy, list_strategies
+from apart_hf.strategies.hyper_parameters import LossOptions, MethodName, Standard
 from apart_hf.strategies.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 GOOD = """
 import timm
 import torch
-from apart_hf import create_strategy, list_strategies
+from apart_hf import create_loss, create_strategy, list_strategies
 
 model = timm.create_model("test_resnet", num_classes=3)
 create_strategy("standard", model)
@@ -32,6 +32,24 @@ for name in list_strategies():
     strategy = create_strategy(name, model)
 loss, output = strategy.accumulate_gradients(torch.ones(4, 3, 8, 8), torch.ones(4).long(), torch.nn.CrossEntropyLoss())
 print(loss.item(), strategy.passes * 2)
+loss, aux = strategy.accumulate({"x": torch.ones(4, 3, 8, 8)}, lambda batch: model(batch["x"]).mean(), samples=4)
+
+
+def loss_fn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(batch["x"]).mean()
+
+
+def with_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    return loss_fn(model, batch), [1]
+
+
+batch = {"x": torch.ones(4, 3, 8, 8)}
+create_loss("apart", model, loss_fn, epsilon=0.1, groups=4, every=2, uneven="fit")(batch).backward()
+total, numbers = create_loss("sam", model, with_logits, rho=0.1, generator=torch.Generator())(batch, samples=4)
+total.backward()
+print(numbers[0] + 1)
+for name in list_strategies():
+    create_loss(name, model, loss_fn)
 """
 BAD = {
     "misspelt method": 'create_strategy("aprat", model)',
@@ -44,6 +62,14 @@ BAD = {
     "groups are whole": 'create_strategy("apart", model, groups=4.5)',
     "a radius is a number": 'create_strategy("sam", model, rho="0.1")',
     "no model": 'create_strategy("apart", "resnet18")',
+    "no such way with uneven batches": 'create_strategy("apart", model, uneven="skip")',
+    "every is whole": 'create_strategy("apart", model, every=1.5)',
+    "misspelt method of a loss": 'create_loss("aprat", model, loss_fn)',
+    "misspelt hyper-parameter of a loss": 'create_loss("apart", model, loss_fn, groupz=4)',
+    "hyper-parameter of another loss": 'create_loss("sam", model, loss_fn, groups=4)',
+    "a loss has no accelerator": 'create_loss("apart", model, loss_fn, accelerator=None)',
+    "a loss of nothing": 'create_loss("apart", model)',
+    "a loss of another batch": 'create_loss("apart", model, loss_fn)([1])',
     "no criterion": 'create_strategy("sam", model).accumulate_gradients(torch.ones(1), torch.ones(1))',
 }
 
@@ -52,7 +78,11 @@ BAD = {
 def found(tmp_path_factory):
     """Lines of the scripts that mypy objects to, with its messages: one run for all, since it reads torch and timm."""
     folder = tmp_path_factory.mktemp("scripts")
-    head = 'import timm\nimport torch\nfrom apart_hf import create_strategy\nmodel = timm.create_model("test_resnet")\n'
+    head = (
+        "import timm\nimport torch\nfrom apart_hf import create_loss, create_strategy\n"
+        'model = timm.create_model("test_resnet")\n'
+        "def loss_fn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...\n"
+    )
     (folder / "good.py").write_text(GOOD)
     (folder / "bad.py").write_text(head + "\n".join(BAD.values()) + "\n")
     said, problem, _ = api.run(
@@ -73,24 +103,30 @@ def test_a_wrong_call_is_a_type_error(found, case):
     here = list(BAD).index(case)
     messages = [text for file, line, text in found if file == "bad.py" and line == here]
     assert messages
-    assert all("create_strategy" in text or "accumulate_gradients" in text for text in messages)
+    names = ("create_strategy", "create_loss", "accumulate_gradients", "TwoPassLoss")
+    assert all(any(name in text for name in names) for text in messages)
 
 
-def test_declared_names_are_those_of_the_table():
+MAKERS = pytest.mark.parametrize("make, common", [(create_strategy, Standard), (create_loss, LossOptions)])
+
+
+@MAKERS
+def test_declared_names_are_those_of_the_table(make, common):
     assert list(get_args(MethodName)) == list(METHODS) == list_strategies()
     declared = {}
-    for overload in get_overloads(create_strategy):
+    for overload in get_overloads(make):
         hints = get_type_hints(overload)
         (options,) = get_args(hints["options"])
         for name in get_args(hints["name"]):
             assert name not in declared
-            declared[name] = set(get_type_hints(options)) - set(get_type_hints(Standard))
+            declared[name] = set(get_type_hints(options)) - set(get_type_hints(common))
     assert declared == {name: set(method.hyper_parameters()) for name, method in METHODS.items()}
 
 
-def test_declared_types_are_those_of_the_defaults():
+@MAKERS
+def test_declared_types_are_those_of_the_defaults(make, common):
     kinds = {}
-    for overload in get_overloads(create_strategy):
+    for overload in get_overloads(make):
         (options,) = get_args(get_type_hints(overload)["options"])
         kinds |= get_type_hints(options)
     for method in METHODS.values():
@@ -98,7 +134,8 @@ def test_declared_types_are_those_of_the_defaults():
             assert type(default) is kinds[key], key
 
 
-def test_what_every_method_takes_is_what_the_function_takes():
-    parameters = inspect.signature(create_strategy).parameters.values()
+@MAKERS
+def test_what_every_method_takes_is_what_the_function_takes(make, common):
+    parameters = inspect.signature(make).parameters.values()
     keywords = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert keywords == set(get_type_hints(Standard))
+    assert keywords == set(get_type_hints(common))

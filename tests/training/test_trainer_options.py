@@ -70,6 +70,25 @@ def test_every_third_step_has_a_second_pass(method):
     assert_same(dict(model.named_parameters()), want, tolerance=1e-10)
 
 
+def test_hyper_parameters_by_a_schedule():
+    """The oracle with each step's own epsilon; steps are counted as the optimizer makes them."""
+    model, (images, labels) = build("test_byobnet"), (part.split(8) for part in batch(32))
+    schedule = lambda steps: {"epsilon": 0.1 * steps}  # noqa: E731
+    want = copy.deepcopy(model)
+    for step in range(2):
+        for x, y in list(zip(images, labels))[2 * step : 2 * step + 2]:
+            found = reference_step(model, x, y, cross_entropy, "apart", epsilon=0.1 * step, groups=2)[0]
+            with torch.no_grad():
+                for name, p in want.named_parameters():
+                    p -= 1e-4 * found[name] / 2
+        model.load_state_dict(dict(model.state_dict()) | dict(want.named_parameters()))
+    model = build("test_byobnet")
+    one = trainer(model, "apart", 32, 8, 2, hyper_schedule=schedule)
+    one.train_epoch("test")
+    assert one.progress.steps == 2 and one.strategy.hyper["epsilon"] == 0.1
+    assert_same(dict(model.named_parameters()), dict(want.named_parameters()), tolerance=1e-10)
+
+
 def test_the_average_of_the_weights_is_what_is_evaluated():
     model = build("test_byobnet")
     ema = ModelEmaV3(model, decay=0.5)

@@ -1,0 +1,1 @@
+"""Other people's training loops, each imported where it is used."""
