@@ -27,6 +27,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import hypothesis
 import pytest
 import torch
 
@@ -67,6 +68,11 @@ def pytest_collection_finish():
 def pytest_runtest_protocol(item):
     with python_is_started_by_marked_tests(item):
         return (yield)
+
+
+# how long an example takes says nothing on a machine that is shared
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps
 def make_hyper_schedule(
     config: FilledConfig, hyper: Mapping[str, Any], steps_per_epoch: int
 ) -> Callable[[int], dict[str, float]] | None:
-    """What the method's hyper-parameters are after so many optimizer steps; None: what they are now.
+    """Tell what the method's hyper-parameters are after so many optimizer steps; None: what they are now.
 
     Epsilon rises from 0 over the epochs of its warmup, in a straight line.
     """

@@ -23,13 +23,7 @@ from apart_hf.data.fingerprint import data_digest
 from apart_hf.hub.publish import check_access
 from apart_hf.runs.accelerator import make_accelerator
 from apart_hf.runs.checkpoints import Checkpoints
-from apart_hf.runs.components import (
-    data_settings,
-    loader_settings,
-    make_hyper_schedule,
-    make_optimizer,
-    make_scheduler,
-)
+from apart_hf.runs.components import data_settings, loader_settings, make_hyper_schedule, make_optimizer, make_scheduler
 from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.interruption import StopRequest
 from apart_hf.runs.location import make_folder

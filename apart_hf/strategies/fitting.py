@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def weights(self) -> tuple[float, float]:
-        """M/(M+N) of the clean, and N/(M+N) of the perturbed gradient (Algorithm 1, line 12)."""
+        """Return the weights M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12)."""
         total = self.samples + self.size
         return self.samples / total, self.size / total
 
