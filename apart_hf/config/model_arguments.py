@@ -6,12 +6,12 @@ import ast
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from apart_hf.data.settings import CHANNELS
 from apart_hf.errors import ApartError
 
 if TYPE_CHECKING:
     from apart_hf.config.train_config import TrainConfig
 
-CHANNELS = (1, 3)  # of images: grey and RGB
 _POOLS = "avg, max, avgmax and catavgmax"
 
 

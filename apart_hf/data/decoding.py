@@ -103,7 +103,8 @@ def _damage_is_told(encoded: dict[str, Any] | None) -> Iterator[None]:
             raise
         reason = str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):
-            reason = "no image file" if encoded.get("bytes") is None else f"no image: {_start(encoded['bytes'])}"
+            content = "" if encoded.get("bytes") is None else f": {_start(encoded['bytes'])}"
+            reason = f"no image of a kind that Pillow reads{content}"
         raise BadImage(reason.rstrip(".")) from error
 
 

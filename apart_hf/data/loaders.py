@@ -17,7 +17,7 @@ from apart_hf.data.dataset_map import TransformedImages
 from apart_hf.data.dataset_memory import InMemoryImages, OtherSize, decode, fits_in_memory
 from apart_hf.data.dataset_stream import StreamedImages
 from apart_hf.data.loading import ImageData
-from apart_hf.data.settings import LoaderSettings
+from apart_hf.data.settings import CHANNELS, LoaderSettings
 from apart_hf.data.splits import Split
 from apart_hf.data.transforms import SMALL, eval_transform, train_transform
 from apart_hf.errors import ApartError
@@ -36,11 +36,15 @@ class Loaders:
         accelerator: places batches on its device.
 
     Raises:
-        ApartError: where "memory" is asked for and cannot be had, or the data have less than one step.
+        ApartError: where "memory" is asked for and cannot be had, the network takes other images than grey and RGB
+            ones, or the data have less than one step.
     """
 
     def __init__(self, data: ImageData, settings: LoaderSettings, accelerator: Accelerator):
         self.data, self.settings, self.accelerator = data, settings, accelerator
+        channels = settings.images["input_size"][0]
+        if channels not in CHANNELS:
+            raise ApartError(f"the network takes images of {channels} channels, and they are read with 1 or 3 only.")
         reason, self.kind = self._no_memory(), settings.loader
         if self.kind == "memory" and reason:
             raise ApartError(f"--loader memory: {reason}; use --loader workers.")

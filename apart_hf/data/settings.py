@@ -53,6 +53,7 @@ class DataSettings:
         return {key: name for key, name in names.items() if name is not None}
 
 
+CHANNELS = (1, 3)  # of the images that are read: grey and RGB
 LoaderKind = Literal["auto", "memory", "workers"]
 OnBadImage = Literal["error", "skip"]
 

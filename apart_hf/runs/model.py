@@ -13,9 +13,10 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import get_model_input_config, load_state_dict
 from torch import nn
 
-from apart_hf.config.model_arguments import CHANNELS, channels_of, model_arguments
+from apart_hf.config.model_arguments import channels_of, model_arguments
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import ImageData, data_config
+from apart_hf.data.settings import CHANNELS
 from apart_hf.errors import ApartError, first_line
 from apart_hf.models import pretrained_cfg
 from apart_hf.runs.failures import is_out_of_memory

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image as PIL
 
+from apart_hf import ApartError
 from apart_hf.data import Loaders, LoaderSettings, data_config
 from apart_hf.data.dataset_memory import LARGEST, fits_in_memory
 from apart_hf.data.decoding import rgb
@@ -92,6 +93,11 @@ def test_mean_and_deviation_of_each_channel(channels, mean, want):
     assert found["mean"] == pytest.approx(want if channels == 3 else (want,))
     if mean is not None:
         assert found["std"] == found["mean"]
+
+
+def test_other_channels_are_refused():
+    with pytest.raises(ApartError, match="the network takes images of 4 channels, and they are read with 1 or 3 only"):
+        batches("workers", CONFIG | {"input_size": (4, 28, 28)})
 
 
 def test_grey_of_16_bits_is_not_cut(tmp_path):
