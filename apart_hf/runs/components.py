@@ -53,9 +53,15 @@ def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps
 def make_hyper_schedule(
     config: FilledConfig, hyper: Mapping[str, Any], steps_per_epoch: int
 ) -> Callable[[int], dict[str, float]] | None:
-    """Tell what the method's hyper-parameters are after so many optimizer steps; None: what they are now.
+    """Make the schedule of the method's hyper-parameters: epsilon rises from 0 over its warmup, in a straight line.
 
-    Epsilon rises from 0 over the epochs of its warmup, in a straight line.
+    Args:
+        config: of the run.
+        hyper: of the method.
+        steps_per_epoch: optimizer steps.
+
+    Returns:
+        What gives the hyper-parameters after so many optimizer steps; None: they stay as they are.
     """
     warmup = config.epsilon_warmup_epochs * steps_per_epoch
     if not warmup:

@@ -104,7 +104,15 @@ class Algorithm(StrategyState):
     def one_pass(
         self, batch: Any, loss_fn: LossFunction, backward: Backward, weight: float = 1.0
     ) -> tuple[Tensor, Any]:
-        """Compute loss and gradient of a batch. Returns (loss, aux), detached."""
+        """Compute loss and gradient of a batch.
+
+        Args:
+            batch, loss_fn, backward: see `TwoPassStrategy.accumulate`.
+            weight: of the loss.
+
+        Returns:
+            (loss, aux), detached.
+        """
         with self._autocast():
             loss, aux = split_result(loss_fn(batch))
         loss = check_loss(loss)
@@ -112,7 +120,15 @@ class Algorithm(StrategyState):
         return loss.detach(), detached(aux)
 
     def two_passes(self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan) -> tuple[Tensor, Any]:
-        """Compute loss and gradient of a batch as `plan` says. Returns (loss, aux) of the clean pass, detached."""
+        """Compute loss and gradient of a batch in two passes.
+
+        Args:
+            batch, loss_fn, backward: see `TwoPassStrategy.accumulate`.
+            plan: of the second pass.
+
+        Returns:
+            (loss, aux) of the clean pass, detached.
+        """
         keeps = self.method.keeps_clean_gradient
         clean_weight, perturbed_weight = plan.weights if keeps else (1.0, 1.0)
         modules = list(self.model.modules())

@@ -54,11 +54,14 @@ def _with(tree: Any, changed: dict[Any, Any]) -> Any:
     if isinstance(tree, Mapping) and not isinstance(tree, MutableMapping):
         return type(tree)({**tree, **changed})  # type: ignore[call-arg]
     new = copy.copy(tree)
+    attributes = getattr(new, "__dict__", {})
     for key, child in changed.items():
         if isinstance(tree, (Mapping, MutableSequence)):
             new[key] = child
+        elif key in attributes:
+            attributes[key] = child  # a frozen dataclass as well
         else:
-            object.__setattr__(new, key, child)  # a frozen dataclass as well
+            getattr(type(new), key).__set__(new, child)  # one with slots
     return new
 
 

@@ -7,6 +7,7 @@ import gc
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,9 +59,10 @@ def check_wrapping(model: nn.Module) -> None:
     """Refuse a strategy whose model was wrapped in DistributedDataParallel after the strategy was made.
 
     Raises:
-        ApartError: where several processes train, and a wrapper around the model's parameters is not part of it.
+        ApartError: where a wrapper around the model's parameters is not part of it; with a single process, too, since
+            more of them would train apart.
     """
-    if processes() == 1 or _wraps(model):
+    if not (dist.is_available() and dist.is_initialized()) or _wraps(model):
         return
     weights = {id(p) for p in model.parameters()}
     for found in gc.get_objects():

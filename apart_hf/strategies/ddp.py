@@ -36,6 +36,11 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     return None
 
 
+def runs_within() -> bool:
+    """Tell whether DDP's forward is running, so that it awaits the backward of what is computed now."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
 def within_forward(ddp: DistributedDataParallel, compute: Callable[[], Tensor]) -> Tensor:
     """Run `compute` in the place of the wrapped network's forward, so that DDP awaits the backward of what it returns.
 

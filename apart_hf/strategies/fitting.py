@@ -91,9 +91,11 @@ class Notice:
         self.said = False
 
     def plain(self, samples: int, why: str) -> None:
+        """Say that a batch takes an ordinary pass."""
         self._say(f"a batch of {samples} samples takes an ordinary pass: {why}")
 
     def fitted(self, plan: Plan, changes: Changes, own_size: float) -> None:
+        """Say what was changed for a batch, if anything was."""
         new = [f"{key}={value}" for one in changes for key, value in one.items()]
         new += [f"{plan.size} samples in the second pass"] if abs(plan.size - own_size) > 1e-4 else []
         if new:

@@ -53,7 +53,7 @@ class InnerBackward:
         finally:
             for leaf, gradient in self._before.items():
                 leaf.grad = gradient
-            self._before = {}
+            self._before, self._own, self._latest = {}, [], []
 
     def __call__(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to that of every leaf of its graph: the model's, a perturbation's, the user's."""
@@ -61,12 +61,13 @@ class InnerBackward:
         if is_half or self.is_half:
             gradients = self._scaled(loss, leaves)
         else:
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        for leaf, gradient in zip(leaves, gradients):
+            gradients = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        for leaf in reversed(leaves):
+            gradient = gradients.pop()  # so that it is freed once it was added
             if leaf not in self._before:
                 self._before[leaf], leaf.grad = leaf.grad, None
             if gradient is not None:
-                leaf.grad = _like(leaf, gradient) if leaf.grad is None else leaf.grad + gradient
+                leaf.grad = _own_copy(leaf, gradient) if leaf.grad is None else leaf.grad + gradient
         self._latest = leaves
 
     def collected(self) -> list[tuple[Tensor, Tensor]]:
@@ -79,20 +80,21 @@ class InnerBackward:
         return [(leaf, leaf.grad) for leaf in (*self._own, *others) if leaf.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the scale, and how many passes it has lasted; nothing, where it was not needed."""
         return {} if self.scale is None else {"scale": [float(self.scale), float(self.passes)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned, or any other."""
         if "scale" in state:
             self.scale, self.passes = (torch.tensor(value) for value in state["scale"])
 
-    def _scaled(self, loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def _scaled(self, loss: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
         if self.scale is None or self.scale.device != loss.device:
             scale = torch.tensor(START) if self.scale is None else self.scale
             self.scale, self.passes = scale.to(loss.device), self.passes.to(loss.device)
         gradients = torch.autograd.grad(loss * self.scale, leaves, allow_unused=True)
-        there = [gradient for gradient in gradients if gradient is not None]
-        finite = torch.stack(torch._foreach_norm(there, torch.inf)).isfinite().all()
-        found = tuple(None if gradient is None else gradient / self.scale for gradient in gradients)
+        found: list[Tensor | None] = [None if g is None else g / self.scale.to(g.device) for g in gradients]
+        finite = torch.stack([g.isfinite().all().to(loss.device) for g in gradients if g is not None]).all()
         self.passes = torch.where(finite, self.passes + 1, 0.0)
         grown = torch.where(self.passes >= GROWS_AFTER, 2 * self.scale, self.scale)
         self.passes = torch.where(self.passes >= GROWS_AFTER, 0.0, self.passes)
@@ -100,8 +102,9 @@ class InnerBackward:
         return found
 
 
-def _like(leaf: Tensor, gradient: Tensor) -> Tensor:
-    """Give a gradient the leaf's memory format, as `backward` does: norms depend on it in the last bit."""
-    if gradient.layout != torch.strided or gradient.stride() == leaf.stride():
-        return gradient
-    return torch.empty_like(leaf).copy_(gradient)
+def _own_copy(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """Copy a gradient, which may be another leaf's, too, in the leaf's memory format, as `backward` does.
+
+    Norms depend on the format in the last bit.
+    """
+    return torch.empty_like(leaf).copy_(gradient) if gradient.layout == torch.strided else gradient.clone()

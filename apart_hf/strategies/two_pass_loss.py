@@ -13,7 +13,7 @@ from apart_hf.errors import ApartError
 from apart_hf.strategies.autocast import AmbientAutocast
 from apart_hf.strategies.batches import detached
 from apart_hf.strategies.checks import check_loss, check_model, check_wrapping, split_result
-from apart_hf.strategies.ddp import find_ddp, within_forward
+from apart_hf.strategies.ddp import find_ddp, runs_within, within_forward
 from apart_hf.strategies.fitting import Plan
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
@@ -105,7 +105,7 @@ class TwoPassLoss(Generic[Batch, Result]):
         Raises:
             ApartError: as `TwoPassStrategy.accumulate` does.
         """
-        if not self._wrapping_is_known:
+        if not self._wrapping_is_known and not runs_within():
             check_wrapping(self.model)
             self._wrapping_is_known = True
         network = self.strategy.model

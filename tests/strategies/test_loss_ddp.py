@@ -201,6 +201,37 @@ def test_every_kind_of_ddp(method, options, one_process):
     assert_same(*found, tolerance=0)
 
 
+@pytest.mark.parametrize("method", ["standard", "apart", "sam"])
+def test_a_loss_within_the_wrapped_module(method, one_process):
+    """Trainers wrap a module that computes its own loss: the loss is then of the network in it."""
+
+    class Task(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = build("small")
+            self.compute_loss = create_loss(method, self.network, loss_fn, **HYPER[method])
+
+        def forward(self, part):
+            return self.compute_loss(part)[0]
+
+    task, plain, reductions = Task(), build("small"), []
+    wrapped = DistributedDataParallel(task)
+
+    def count(_, bucket):
+        reductions.append(1)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, count)
+    compute_loss = create_loss(method, plain, loss_fn, **HYPER[method])
+    for k in range(2):
+        wrapped(share(0, 16, k)).backward()
+        compute_loss(share(0, 16, k))[0].backward()
+        assert len(reductions) == k + 1
+    assert_same(gradients(task.network), gradients(plain), tolerance=0)
+
+
 def test_parameters_that_a_batch_does_not_use(one_process):
     class Branches(torch.nn.Module):
         def __init__(self):

@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from apart_hf import ApartError, create_loss, create_strategy
-from apart_hf.strategies import checks
 from tests.support.helpers import build, snapshot
 
 SMALL = {"apart": {"groups": 2}, "sam": {}, "standard": {}}
@@ -187,8 +186,7 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize("method", SMALL)
-def test_a_strategy_made_before_the_model_was_wrapped(method, data, one_process, monkeypatch):
-    monkeypatch.setattr(checks, "processes", lambda: 2)
+def test_a_strategy_made_before_the_model_was_wrapped(method, data, one_process):
     model = build("small", dtype=torch.float32)
     early = create_strategy(method, model, **SMALL[method])
     early_loss = create_loss(method, model, loss_fn, **SMALL[method])
