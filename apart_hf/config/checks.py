@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apart_hf.config.train_config import TrainConfig
 
 
+_NO_PROJECT = (".", "..", "best", "checkpoints", "hub", "last", "plots")
 FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest: what training can compute with
 
 
@@ -34,6 +35,16 @@ def check_values(config: TrainConfig) -> None:
     name = config.experiment
     if name is not None and (name == ".." or Path(name).name != name):
         raise ApartError(f"--experiment {name!r}: must be a plain folder name; its parent is --output.")
+    _check_project(config.project)
+
+
+def _check_project(name: str) -> None:
+    """Raise for what is no name of a project in every tracker: tensorboard makes it a folder within the run's."""
+    if not name or len(name) > 128 or not name.isprintable() or set(name) & set("/\\#?%:") or name in _NO_PROJECT:
+        raise ApartError(
+            f"--project {name!r}: must be a plain name of 1 to 128 characters without / \\ # ? % : and none of "
+            f"{', '.join(_NO_PROJECT)}, which are a run's own folders."
+        )
 
 
 def _check_number(setting: Setting, number: Any, value: Any) -> None:

@@ -103,9 +103,13 @@ class RunGroup:
         None, "folder of this run in it [DATASET-MODEL-METHOD]", role="where", in_tables=False, metavar="NAME"
     )
     log_interval: int = _run_setting(
-        50, "steps between lines where there is no terminal for a progress bar", role="where", least=1
+        50,
+        "steps between lines where there is no terminal for a progress bar, and between figures of trackers",
+        role="where",
+        least=1,
     )
     log_wandb: bool = _run_setting(False, "the same as --report-to wandb", role="where")
     report_to: list[str] | None = _run_setting(
         None, "trackers of accelerate: tensorboard, wandb, trackio, ... [none]", role="where", metavar="NAME"
     )
+    project: str = _run_setting("apart_hf", "project that trackers file the run under", role="where", metavar="NAME")

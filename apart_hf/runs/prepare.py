@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from apart_hf.config.defaults import fill_from_data, learning_rate
-from apart_hf.config.train_config import CompleteConfig, FilledConfig, TrainConfig
+from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import ImageData, Loaders
 from apart_hf.data.fingerprint import data_digest
 from apart_hf.hub.publish import check_access
@@ -77,7 +76,6 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
     checkpoint, problems = from_main_process(accelerator, lambda: _open(folder, checkpoints))
     for problem in problems:
         _log.info("checkpoint %s", problem)
-    _start_trackers(config, path, accelerator)
     set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
     for line in describe_data(config, data, images["input_size"], loaders.kind):
         _log.info(line)
@@ -158,12 +156,3 @@ def _open(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Path | None, lis
     if checkpoint is None:
         folder.begin()
     return checkpoint, problems
-
-
-def _start_trackers(config: CompleteConfig, path: Path, accelerator: Accelerator) -> None:
-    if not config.trackers:
-        return
-    accelerator.project_configuration.logging_dir = str(path)
-    settings: dict[str, Any] = dataclasses.asdict(config)
-    scalars = {key: v if isinstance(v, (int, float, str)) else str(v) for key, v in settings.items()}
-    accelerator.init_trackers("trackers", config=scalars)

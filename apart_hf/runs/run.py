@@ -24,7 +24,9 @@ from apart_hf.runs.history import History
 from apart_hf.runs.interruption import Schedule, StopRequest
 from apart_hf.runs.report import describe_epoch
 from apart_hf.runs.test_split import evaluate_test
+from apart_hf.runs.trackers import Trackers
 from apart_hf.training.epoch_metrics import Evaluation
+from apart_hf.training.step_figures import StepFigures
 from apart_hf.training.trainer import Trainer
 from apart_hf.utils.processes import from_main_process
 
@@ -48,7 +50,7 @@ class Run:
         digest: hash of the data.
         stop: whether a signal has asked it to stop.
 
-    `history` holds the metrics of its epochs, `is_left` says whether anything is left to do.
+    `history` holds the metrics of its epochs, `is_left` says whether anything is left to do, `trackers` are told.
     """
 
     config: CompleteConfig
@@ -66,6 +68,9 @@ class Run:
     def __post_init__(self) -> None:
         self.history = History(self.config.eval_metric)
         self.is_left = True
+        self.trackers = Trackers(self.accelerator, self.config, self.folder.path)
+        if self.trackers.are_on:
+            self.trainer.figures = StepFigures(self.trainer, self.trackers.tell_step)
 
     @property
     def images_a_batch(self) -> tuple[int, int]:
@@ -87,6 +92,7 @@ class Run:
             _log.info("resumed from %s: epoch %d, %d batches in.", self.checkpoint, progress.epoch + 1, progress.batch)
         trainer.after_step = schedule = Schedule(config.checkpoint_interval, self)
         try:
+            self.trackers.start(progress.steps, goes_on=self.checkpoint is not None)
             with self.stop.noting():
                 for metrics in trainer.fit(config.epochs, config.max_steps):
                     self.history.epochs.append(metrics)
@@ -101,8 +107,7 @@ class Run:
 
     def _record(self, *, last: bool) -> None:
         """Say and write what the latest epoch gave."""
-        line = self.history.latest.as_line()
-        self.accelerator.log({key: value for key, value in line.items() if key != "epoch"}, step=line["epoch"])
+        self.trackers.tell_epoch(self.trainer.progress.steps, self.history.latest)
         for text in describe_epoch(self.history.latest):
             _log.info(text)
         if self.accelerator.is_main_process:
@@ -174,6 +179,9 @@ class Run:
         return self.folder.path
 
     def _end(self, result: Evaluation) -> None:
+        if self.data.test is not None:
+            self.trackers.tell_test(self.trainer.progress.steps, result)
+        self.trackers.end()
         self.accelerator.end_training()
         source = self.accelerator.unwrap_model(self.trainer.model).pretrained_cfg
         ours = "import apart_hf and " if is_registered_here(source["architecture"]) else ""

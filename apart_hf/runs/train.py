@@ -39,8 +39,9 @@ def train(config: TrainConfig) -> Path:
     try:
         with stop.listening():
             run = prepare(config, stop)
-            run.fit()
-            return run.finish()
+            with run.trackers:
+                run.fit()
+                return run.finish()
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error, config) from error

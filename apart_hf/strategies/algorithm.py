@@ -32,6 +32,9 @@ class Algorithm(StrategyState):
 
     Args:
         name, method, model, hyper, generator, autocast, every, uneven: see `TwoPassStrategy`.
+
+    Attributes:
+        perturbed_loss: of the second pass over the latest batch, detached; None: there was none.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Algorithm(StrategyState):
     ):
         super().__init__(name, method, model, hyper, generator=generator, every=every, uneven=uneven)
         self._autocast: Callable[[], AbstractContextManager[Any]] = autocast or nullcontext
+        self.perturbed_loss: Tensor | None = None
         self._notice = Notice()
         self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
 
@@ -55,6 +59,17 @@ class Algorithm(StrategyState):
     def counts_samples(self) -> bool:
         """Tell whether the number of samples has any effect; it has none on SAM's perturbations of weights alone."""
         return self.ratio != 1 or any(p.counts_samples for p in self.perturbations)
+
+    def figures(self) -> dict[str, Tensor]:
+        """Return what the latest ascent shows, for a log: scalars by name, on the device.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> create_strategy("apart", timm.create_model("test_resnet")).figures()
+            {'zero_deltas': tensor(nan)}
+        """
+        return {name: value for p in self.perturbations for name, value in p.figures().items()}
 
     def plan(self, batch: Any, samples: int | None, *, strict: bool, perturb: bool) -> Plan | None:
         """Decide what the next step does with a batch; None: it is a plain one.
@@ -68,6 +83,7 @@ class Algorithm(StrategyState):
         Raises:
             ApartError: where the batch is empty, its samples cannot be counted, or they do not fit.
         """
+        self.perturbed_loss = None  # of this batch
         if samples == 0 or (samples is None and rows_of(batch) == [0]):
             raise ApartError("the batch has no samples; leave empty batches out.")
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 0):
@@ -173,7 +189,7 @@ class Algorithm(StrategyState):
                     part = self._part(batch, chosen, plan)
                     for perturbation in self.perturbations:
                         applied.enter_context(perturbation.applied(plan.size))
-                    self.one_pass(part, loss_fn, backward, weight)
+                    self.perturbed_loss, _ = self.one_pass(part, loss_fn, backward, weight)
             except TooFewValues as error:
                 if self.uneven == "error" or (self.uneven == "fit" and attempt is plan.attempts[-1]):
                     raise

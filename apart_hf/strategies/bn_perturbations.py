@@ -157,6 +157,11 @@ class AdversarialStatistics(GroupStatistics):
         counts = size > dead_zone * largest[self._layer_of]
         self._deltas.copy_(torch.where(counts, self.epsilon * gradient.sign(), 0.0))
 
+    def figures(self) -> dict[str, Tensor]:
+        """Return the share of deltas, of layers that are not frozen, which the gradient gives no sign."""
+        active = torch.tensor([layer.training for layer in self.layers.values()], device=self._layer_of.device)
+        return {"zero_deltas": (self._deltas[active[self._layer_of]] == 0).float().mean()}
+
 
 class RandomStatistics(GroupStatistics):
     """Draws random signs in the place of the gradient's: APART without its adversary. All processes draw the same.

@@ -144,6 +144,20 @@ class Perturbation:
             >>> statistics.ascend(torch.Generator().manual_seed(0))
         """
 
+    def figures(self) -> dict[str, Tensor]:
+        """Return what the latest ascent shows, for a log; the base class shows nothing.
+
+        Returns:
+            Scalars by name, on the device. The names are always the same.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import Perturbation
+            >>> Perturbation(timm.create_model("test_resnet")).figures()
+            {}
+        """
+        return {}
+
     def order(self, samples: int) -> Tensor | None:
         """Name the order in which the perturbed pass computes fastest; it has no effect on the gradient.
 

@@ -36,6 +36,7 @@ class TwoPassStrategy(Algorithm):
         hyper: the hyper-parameters in use; `set` changes them.
         every, uneven: as `create_strategy` was given them.
         steps: how many were made.
+        perturbed_loss: of the second pass over the latest batch, detached; None: there was none. `figures` has more.
 
     Example:
         >>> import timm

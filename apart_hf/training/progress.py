@@ -25,14 +25,15 @@ class Progress:
     Args:
         device: of the sums.
 
-    `totals`, (3,), are sums of losses, hits and samples over this process's batches; None: between epochs.
+    `totals`, (3,), are sums of losses, hits and samples over this process's batches; None: between epochs. `recent` are
+    the same since whoever reads them has set them to zero.
     """
 
     def __init__(self, device: torch.device | str):
         self.device = device
         self.steps = self.epoch = self.batch = 0
         self.totals: Tensor | None = None
-        self._of_step = torch.zeros(3, device=device)
+        self.recent, self._of_step = torch.zeros(3, device=device), torch.zeros(3, device=device)
 
     def begin_epoch(self) -> Tensor:
         """Let the sums start from zero, unless the epoch has begun already. Returns them."""
@@ -60,6 +61,7 @@ class Progress:
         """Take the batches of a step into the sums where it was `made`, and forget them where it was left out."""
         if made and self.totals is not None:
             self.totals += self._of_step
+            self.recent += self._of_step
         self._of_step.zero_()
 
     def has_made(self, max_steps: int | None) -> bool:

@@ -38,9 +38,11 @@ class ProcessState:
         strategy: of `strategy.state_dict()`.
         skipped: rows of images that were passed over in the epoch so far.
         random: of `random_state()`.
+        figures: sums (5,) of `StepFigures` so far; None: nobody is told.
     """
 
     totals: Tensor | None
     strategy: dict[str, Any]
     skipped: list[int]
     random: dict[str, Any]
+    figures: Tensor | None = None

@@ -19,6 +19,7 @@ from apart_hf.training.nonfinite import Guard
 from apart_hf.training.progress import EpochReport, Progress
 from apart_hf.training.random_state import random_state, set_random_state
 from apart_hf.training.state import ProcessState, TrainerState
+from apart_hf.training.step_figures import StepFigures
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Trainer:
             False: such a step raises `NonFinite`. See `apart_hf.training.nonfinite.Guard`.
         val_interval: epochs from one evaluation to the next; the last epoch is always evaluated.
         after_step: called after each optimizer step, when all of `state` is as it will be found again.
+        figures: tells what training shows by step, before `after_step`; None: nobody is told.
 
     `progress` says how far it is, `guard` judges the steps.
     """
@@ -66,6 +68,7 @@ class Trainer:
     skip_nonfinite: bool = False
     val_interval: int = 1
     after_step: Callable[[], None] | None = None
+    figures: StepFigures | None = None
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.accelerator, self.model, self.optimizer, ema=self.ema, skip=self.skip_nonfinite)
@@ -122,6 +125,8 @@ class Trainer:
             progress.batch = number
             if self.accelerator.sync_gradients:
                 progress.end_step(made=self.guard.good)
+                if self.figures is not None:
+                    self.figures.end_step()
                 if self.after_step is not None:
                     self.after_step()
             if report.show(number):
@@ -161,6 +166,8 @@ class Trainer:
                 backward=lambda loss: self.accelerator.backward(loss if share == 1.0 else loss * share),
             )
             good = self.guard.judge(number, images, loss)  # False before the last batch of a step
+            if self.figures is not None:
+                self.figures.end_batch(number, good)
             if good:
                 if self.clip_grad is not None:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -215,7 +222,8 @@ class Trainer:
         )
         totals = None if progress.totals is None else progress.totals.cpu()
         skipped = self.train_loader.dataset.skipped_rows() if self.skip_bad else []
-        return shared, ProcessState(totals, self.strategy.state_dict(), skipped, random_state())
+        figures = None if self.figures is None else self.figures.sums.cpu()
+        return shared, ProcessState(totals, self.strategy.state_dict(), skipped, random_state(), figures)
 
     def load_state(self, shared: TrainerState, own: ProcessState) -> None:
         """Go on from what `state` returned."""
@@ -228,6 +236,8 @@ class Trainer:
         self.guard.load_state_dict(shared.guard)
         self.strategy.load_state_dict({"steps": progress.steps, **own.strategy})  # 0.1.0 did not keep them there
         progress.totals = None if own.totals is None else own.totals.to(self.accelerator.device)
+        if self.figures is not None and own.figures is not None:
+            self.figures.sums = own.figures
         if self.skip_bad:
             self.train_loader.dataset.mark_skipped(own.skipped if progress.batch else [])
         self._random = own.random if progress.batch else None
