@@ -59,7 +59,7 @@ class RunFolder:
             for name in ("metrics.jsonl", "test.json"):
                 (self.path / name).unlink(missing_ok=True)
             self._write_settings()
-            write_class_map(self.path / CLASS_MAP, self.class_names)
+            write_class_map(self.path / "checkpoints" / CLASS_MAP, self.class_names)  # for a run that is resumed
             (self.path / "plots").mkdir(exist_ok=True)
 
     def go_on(self, history: History, done: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from torch import nn
 
 from apart_hf.config.defaults import fill_from_data, learning_rate
 from apart_hf.config.train_config import FilledConfig, TrainConfig
-from apart_hf.data import ImageData, Loaders
+from apart_hf.data import ImageData, Loaders, load_image_data
 from apart_hf.data.fingerprint import data_digest
 from apart_hf.hub.publish import check_access
 from apart_hf.runs.accelerator import make_accelerator
@@ -28,7 +29,7 @@ from apart_hf.runs.interruption import StopRequest
 from apart_hf.runs.location import make_folder
 from apart_hf.runs.model import make_model
 from apart_hf.runs.record import training_record
-from apart_hf.runs.recorded_classes import load_in_recorded_order
+from apart_hf.runs.recorded_classes import order_of_an_old_run, recorded_order
 from apart_hf.runs.report import describe_data
 from apart_hf.runs.resume import go_on, lock
 from apart_hf.runs.run import Run
@@ -97,9 +98,17 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
 def _load(config: TrainConfig, accelerator: Accelerator) -> ImageData:
     """Load the data, of which one process fills the cache; where it cannot, all say why."""
     loaded: list[ImageData] = []
+    from_main_process(accelerator, lambda: loaded.append(_load_here(config)))
+    return loaded[0] if loaded else _load_here(config)
+
+
+def _load_here(config: TrainConfig) -> ImageData:
+    """Load the data with the classes in the order that is recorded, where one is."""
     settings = data_settings(config)
-    from_main_process(accelerator, lambda: loaded.append(load_in_recorded_order(settings, config)))
-    return loaded[0] if loaded else load_in_recorded_order(settings, config)
+    order = recorded_order(config)
+    data = load_image_data(settings if order is None else dataclasses.replace(settings, class_order=tuple(order)))
+    order = order_of_an_old_run(config, data)
+    return data if order is None else load_image_data(dataclasses.replace(settings, class_order=tuple(order)))
 
 
 def _make_trainer(

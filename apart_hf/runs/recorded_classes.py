@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,40 +9,37 @@ from typing import Any
 from timm.models import load_model_config_from_hf
 
 from apart_hf.config.train_config import TrainConfig
-from apart_hf.data import ImageData, load_image_data
-from apart_hf.data.settings import DataSettings
+from apart_hf.data import ImageData
 from apart_hf.hub.model_folder import CLASS_MAP, CONFIG
 from apart_hf.runs.location import find_folder
 from apart_hf.utils.hub_client import offline_if_unreachable, transport_errors
 
 
-def load_in_recorded_order(settings: DataSettings, config: TrainConfig) -> ImageData:
-    """Load the data of a run; classes that a record has, too, come in its order.
+def recorded_order(config: TrainConfig) -> list[str] | None:
+    """Return the classes in the order of the run that is gone on with, or else of the weights to start from.
 
-    The record is that of the run which is gone on with, or else of the weights that training starts from.
-
-    Raises:
-        ApartError: where the data cannot be loaded.
+    None: neither is there, or records any.
     """
-    folder = find_folder(config) if config.resume is not None else None
-    order = _of_run(folder) if folder is not None else None
-    if order is None and (folder is None or not folder.exists()):
-        order = _of_weights(config)
-    data = load_image_data(_with(settings, order))
+    folder = None if config.resume is None else find_folder(config)
+    if folder is not None and folder.exists():
+        return _of_run(folder)
+    return _of_weights(config)
+
+
+def order_of_an_old_run(config: TrainConfig, data: ImageData) -> list[str] | None:
+    """Return the order of the class folders of a run of 0.1.0 that has not been evaluated, and records none.
+
+    That version sorted them by their code points. None: it is no such run.
+    """
+    folder = None if config.resume is None else find_folder(config)
     by_us = data.labels_from is not None  # the order is not the data's own
-    if by_us and order is None and folder is not None and any((folder / "checkpoints").glob("step-*")):
-        # a run of apart_hf 0.1.0 before its first evaluation: it sorted class folders by their code points
-        data = load_image_data(_with(settings, sorted(data.class_names)))
-    return data
-
-
-def _with(settings: DataSettings, order: list[str] | None) -> DataSettings:
-    return settings if order is None else dataclasses.replace(settings, class_order=tuple(order))
+    is_begun = folder is not None and any((folder / "checkpoints").glob("step-*"))
+    return sorted(data.class_names) if by_us and is_begun and recorded_order(config) is None else None
 
 
 def _of_run(folder: Path) -> list[str] | None:
     try:
-        return (folder / CLASS_MAP).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return (folder / "checkpoints" / CLASS_MAP).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError):
         return _names(_config(folder / "last"))
 

@@ -76,7 +76,7 @@ def test_a_run_of_the_old_order_goes_on_in_it(evaluated, data, tmp_path, code_po
     part = shutil.copytree(whole, tmp_path / "part/run")
     for checkpoint in sorted((part / "checkpoints").glob("step-*"))[4 if evaluated else 1 :]:
         shutil.rmtree(checkpoint)
-    (part / "class_map.txt").unlink()
+    (part / "checkpoints/class_map.txt").unlink()
     if not evaluated:
         shutil.rmtree(part / "last")
         shutil.rmtree(part / "best")

@@ -26,7 +26,11 @@ def test_launch_train_and_load_with_timm_alone(tmp_path):
     folder = tmp_path / "demo-test_resnet-apart"
     assert {entry.name for entry in folder.iterdir()} == RUN_FILES
     for name in ("best", "last"):
-        assert {entry.name for entry in (folder / name).iterdir()} == {"config.json", "model.safetensors"}
+        assert {entry.name for entry in (folder / name).iterdir()} == {
+            "class_map.txt",
+            "config.json",
+            "model.safetensors",
+        }
     assert f"{cores()} thread(s)" in result.stdout  # accelerate launch asks for one
     assert "bundled demo set" in result.stdout and "--dataset cifar100" in result.stdout
     script, data = ROOT / "tests/support/plain_timm.py", ROOT / "apart_hf/data/demo/test.parquet"

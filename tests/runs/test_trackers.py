@@ -274,7 +274,6 @@ def test_wandb_offline(little, tmp_path, here, steps, monkeypatch):
     folder = train(settings(little, tmp_path / "out", **more))
     assert wandb.run is None and not list(here.iterdir())
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    print(file.stat().st_size); import time; time.sleep(2); print(file.stat().st_size)
     run, curves, config = read(file)
     assert (run.project, run.display_name) == ("apart_hf", "run")
     check_curves(curves, folder, steps)
