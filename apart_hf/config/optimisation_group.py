@@ -83,7 +83,7 @@ class OptimisationGroup:
         "epochs in which epsilon rises from 0, in a straight line",
         role="what",
         least=0,
-        recorded=33,
+        recorded=34,
         in_tables=False,
     )
     clip_grad: float | None = _setting(
