@@ -49,7 +49,8 @@ class ImageSizes:
             return None
         shorter = self.found.min(axis=1)
         taken = "x".join(map(str, self.decided))
-        how = "their size" if self.decided == (width, height) else "a square of the median of the shorter edges"
+        is_usual = count >= _USUAL * len(self.found)
+        how = "their size" if is_usual else "a square of the median of the shorter edges"
         return (
             f"images have several sizes: of {len(self.found)} looked at {count} have {width}x{height} pixels, and "
             f"shorter edges are {shorter.min()} to {shorter.max()}; they are taken for images of {taken} ({how})"

@@ -51,6 +51,9 @@ def test_any_sizes(sizes):
     found = ImageSizes.of(sizes)
     assert found.decided == reference(sizes)
     assert (found.note is None) == (len(set(sizes)) == 1)
+    if found.note is not None:
+        usual = Counter(sizes).most_common(1)[0][1] >= 0.9 * len(sizes)
+        assert found.note.endswith("(their size)" if usual else "(a square of the median of the shorter edges)")
 
 
 @pytest.mark.parametrize("odd", [(40, 30), (1, 1), (3000, 2000), (20_000, 1)])
