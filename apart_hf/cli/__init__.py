@@ -1,1 +1,1 @@
-"""The commands behind scripts/*.py and python -m apart_hf."""
+"""The commands behind apart-hf, python -m apart_hf and the repository's scripts."""

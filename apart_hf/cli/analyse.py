@@ -1,4 +1,4 @@
-"""The command that makes Figures 1 and 2 of the paper: python scripts/analyse.py attack --checkpoint user/name"""
+"""The command that makes Figures 1 and 2 of the paper: apart-hf analyse attack --checkpoint user/name"""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from apart_hf.utils.processes import use_threads
 RADII = "0,0.02,0.05,0.1,0.15,0.2,0.3,0.4"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, *, prog: str | None = None) -> None:
     """Run the command; its exit code is 0, or 2 for bad input."""
-    run_command(lambda prog: _run(_arguments(arguments, prog)))
+    run_command(lambda prog: _run(_arguments(arguments, prog)), prog=prog)
 
 
 def _list_of(kind: Callable[[str], Any], least: float) -> Callable[[str], list]:
@@ -103,14 +103,15 @@ def _run(args: argparse.Namespace) -> None:
     if accelerator.num_processes > 1:
         raise ApartError(f"{accelerator.num_processes} processes were started, and one measures; leave the launcher.")
     use_threads(None, 1)
-    labels, new = _labels(args), not Path(args.output).exists()
+    labels, output = _labels(args), Path(args.output)
+    made_here = [folder for folder in (output, *output.parents) if not folder.exists()]
     table, picture = _files(args)
     try:
         rows = _measured(args, labels, accelerator)
     except ApartError:
-        if new:
-            with contextlib.suppress(OSError):
-                Path(args.output).rmdir()
+        with contextlib.suppress(OSError):
+            for folder in made_here:
+                folder.rmdir()
         raise
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

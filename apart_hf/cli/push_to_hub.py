@@ -1,4 +1,4 @@
-"""The command that publishes: python scripts/push_to_hub.py FOLDER user/name"""
+"""The command that publishes: apart-hf push FOLDER user/name"""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from apart_hf.utils.command_line import Parser, run_command
 from apart_hf.utils.hub_client import attempt, check_repo_id
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, *, prog: str | None = None) -> None:
     """Run the command; its exit code is 0 when all is there (with --dry-run, would be), 2 with one line where not."""
-    run_command(lambda prog: _run(_arguments(arguments, prog)))
+    run_command(lambda prog: _run(_arguments(arguments, prog)), prog=prog)
 
 
 def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:

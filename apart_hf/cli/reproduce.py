@@ -1,4 +1,4 @@
-"""The command that reproduces a table: python scripts/reproduce.py table1 --rows standard,apart --seeds 5"""
+"""The command that reproduces a table: apart-hf reproduce table1 --rows standard,apart --seeds 5"""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from apart_hf.paper.tables import ROWS, TABLES
 from apart_hf.utils.command_line import Parser, run_command
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, *, prog: str | None = None) -> None:
     """Run the command; its exit code is 2, with one line, for bad input, and 75 after a stop that can be resumed."""
-    run_command(lambda prog: _run(_arguments(arguments, prog)))
+    run_command(lambda prog: _run(_arguments(arguments, prog)), prog=prog)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         for job in jobs_left(request):
-            print(shlex.join(["python", "scripts/train.py", *job.arguments]))
+            print(shlex.join(["apart-hf", "train", *job.arguments]))
         return
     try:
         print(render_table(request) if args.render else reproduce(request), flush=True)
@@ -70,7 +70,7 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser = Parser(
         prog=prog,
         description="Run a table's rows and render it. What is there already is not run again.",
-        epilog="After --: flags of train.py for every run, for instance -- --channels-last --amp-dtype bfloat16.",
+        epilog="After --: flags of `train` for every run, for instance -- --channels-last --amp-dtype bfloat16.",
     )
     parser.add_argument("table", choices=TABLES, help="of the paper; study: what the parts of a method are worth")
     parser.add_argument("--dataset", metavar="NAME", help="[the table's first]")

@@ -1,4 +1,4 @@
-"""The command that trains: apart_hf train, scripts/train.py"""
+"""The command that trains: apart-hf train --model resnet18 --method apart"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from apart_hf.utils.processes import rank
 from apart_hf.utils.said_once import is_first_to_say
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, *, prog: str | None = None) -> None:
     """Run the command; bad input ends in one line on stderr and exit code 2."""
-    run_command(lambda prog: _run(parse_arguments(arguments, prog=prog)))
+    run_command(lambda prog: _run(parse_arguments(arguments, prog=prog)), prog=prog)
 
 
 def _run(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""The command that measures a trained model again: python scripts/validate.py --checkpoint user/name --dataset demo"""
+"""The command that measures a trained model again: apart-hf validate --checkpoint user/name --dataset demo"""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from apart_hf.utils.processes import use_threads
 TOLERANCE = 0.05  # per cent of top-1: another machine rounds otherwise
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, *, prog: str | None = None) -> None:
     """Run the command; its exit code is 0 where the claim holds or there is none, 1 where not, 2 for bad input."""
-    run_command(lambda prog: _run(_arguments(arguments, prog)))
+    run_command(lambda prog: _run(_arguments(arguments, prog)), prog=prog)
 
 
 def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:

@@ -27,7 +27,7 @@ class TrainConfig(  # fields of the last base come first
     It is never changed: `config.defaults` makes a complete one in two steps.
 
     Args:
-        **settings: the flags of `python -m apart_hf train --help`, with _ for -, all of them optional.
+        **settings: the flags of `apart-hf train --help`, with _ for -, all of them optional.
 
     Raises:
         ApartError: where a value is out of range, or two settings do not fit each other.

@@ -57,12 +57,7 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
         >>> model(image.unsqueeze(0)).shape
         torch.Size([1, 10])
     """
-    folder = find_pretrained(name, revision=revision)
-    try:
-        check_intact(folder)
-    except ApartError:
-        folder = find_pretrained(name, revision=revision, afresh=True)  # what the cache holds may be damaged alone
-        check_intact(folder)
+    folder = intact_pretrained(name, revision=revision)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, AttributeError, SafetensorError) as error:
@@ -71,6 +66,21 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
     images = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**images, is_training=False)
     return model, T.Compose([*grey_first(images), *transform.transforms])
+
+
+def intact_pretrained(name: str, *, revision: str | None = None) -> Path:
+    """Find the local folder of a model whose weights are those of its record, see `find_pretrained`.
+
+    Raises:
+        ApartError: where there is none.
+    """
+    folder = find_pretrained(name, revision=revision)
+    try:
+        check_intact(folder)
+    except ApartError:
+        folder = find_pretrained(name, revision=revision, afresh=True)  # what the cache holds may be damaged alone
+        check_intact(folder)
+    return folder
 
 
 def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = False) -> Path:

@@ -164,7 +164,7 @@ def _result(job: Job, folder: Path, data: str) -> dict[str, Any]:
         "settings": job.settings,
         "amp_dtype": trained.settings["amp_dtype"],
         "processes": trained.settings.get("processes", 1),
-        "command": shlex.join(["python", "scripts/train.py", *job.flags, *job.more, *flags_of(source)]),
+        "command": shlex.join(["apart-hf", "train", *job.flags, *job.more, *flags_of(source)]),
         "data": data,
         "whole": data_record.whole,
         "images": data_record.images,

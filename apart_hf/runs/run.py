@@ -196,6 +196,5 @@ class Run:
             _log.info("pushed: %s", push(self.folder.path, repo_id))
         except ApartError as error:
             raise ApartError(
-                f"the run is complete, but not pushed: {error} The command: python scripts/push_to_hub.py "
-                f"{self.folder.path} {repo_id}"
+                f"the run is complete, but not pushed: {error} The command: apart-hf push {self.folder.path} {repo_id}"
             ) from error

@@ -35,12 +35,16 @@ def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return integer
 
 
-def run_command(command: Callable[[str], object]) -> None:
+def run_command(command: Callable[[str], object], *, prog: str | None = None) -> None:
     """Run `command(prog)`; an ApartError ends in one line on stderr and exit code 2.
 
     Of several processes that meet it, one says it.
+
+    Args:
+        command: it is given the name of the program.
+        prog: that name; None: of the script.
     """
-    prog = Path(sys.argv[0]).name
+    prog = prog or Path(sys.argv[0]).name
     try:
         with forgiving_output(), logging_to_output():
             command(prog)

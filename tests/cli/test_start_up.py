@@ -1,4 +1,4 @@
-"""The package and the help of the training command start as fast as torch and timm do: they import nothing else."""
+"""The package, the help of commands and what is listed start as fast as torch and timm do: they import nothing else."""
 
 import json
 import sys
@@ -17,12 +17,19 @@ def third_party():
 usual = third_party()
 import apart_hf
 package = third_party() - usual
+from apart_hf.__main__ import main
+for arguments in (["--help"], ["list"], ["list", "--help"], ["pull", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert not ended.code
+command = third_party() - usual
 sys.argv = [sys.argv[1], "--help"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as ended:
     assert not ended.code
-print(json.dumps([sorted(package), sorted(third_party() - usual)]))
+print(json.dumps([sorted(package), sorted(command), sorted(third_party() - usual)]))
 """
 
 
@@ -30,6 +37,6 @@ print(json.dumps([sorted(package), sorted(third_party() - usual)]))
 def test_nothing_heavy_is_imported_before_it_is_needed():
     ended = run(sys.executable, "-c", PROGRAM, ROOT / "scripts/train.py")
     assert ended.returncode == 0, ended.stderr
-    package, command = json.loads(ended.stdout.splitlines()[-1])
-    assert package == ["apart_hf"] and command == ["apart_hf"]
-    assert ended.stdout.startswith("usage: train.py ")
+    package, console, script = json.loads(ended.stdout.splitlines()[-1])
+    assert package == console == script == ["apart_hf"]
+    assert ended.stdout.startswith("usage: apart-hf ") and "\nusage: train.py " in ended.stdout

@@ -7,10 +7,21 @@ import pytest
 
 from tests.support.helpers import FAST, ROOT, run
 
+COMMAND = """
+import runpy, sys
+sys.argv = [sys.argv[1], "pull", "demo-test_resnet-apart", "model"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+import apart_hf
+print(apart_hf.__file__, [apart_hf.load_pretrained(name)[0].num_classes for name in apart_hf.list_pretrained()])
+"""
+
 
 @pytest.mark.process
 def test_the_wheel_works_elsewhere(tmp_path):
-    """Built from the tracked files, unpacked into a folder of its own: trains on the data inside it."""
+    """Built from the tracked files, unpacked into a folder of its own: its command trains on the data inside it."""
     source = tmp_path / "source"
     source.mkdir()
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -24,15 +35,13 @@ def test_the_wheel_works_elsewhere(tmp_path):
     installed = run(*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
     assert installed.returncode == 0, installed.stderr
     assert (tmp_path / "site/apart_hf/data/demo/LICENSE").exists()
-    code = """
-import runpy, sys
-runpy.run_module("apart_hf", run_name="__main__", alter_sys=True)  # python -m apart_hf ...
-import apart_hf
-print(apart_hf.__file__, [apart_hf.load_pretrained(name)[0].num_classes for name in apart_hf.list_pretrained()])
-"""
-    command = [sys.executable, "-c", code, "train", *FAST, "--output", tmp_path / "out"]
-    result = run(*command, PYTHONPATH=str(tmp_path / "site"))
-    assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith(str(tmp_path / "site")) and "[10, 10]" in last, last
+    site = {"PYTHONPATH": str(tmp_path / "site"), "ACCELERATE_USE_CPU": "true"}
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "apart_hf", "train")
+    trained = run(*launch, *FAST, "--output", tmp_path / "out", cwd=tmp_path, **site)
+    assert trained.returncode == 0, trained.stderr
     assert list((tmp_path / "out").glob("*/last/model.safetensors"))
+    used = run(sys.executable, "-c", COMMAND, tmp_path / "site/bin/apart-hf", cwd=tmp_path, **site)
+    assert used.returncode == 0, used.stderr
+    last = used.stdout.splitlines()[-1]
+    assert last.startswith(str(tmp_path / "site")) and "[10, 10]" in last, last
+    assert (tmp_path / "model/model.safetensors").exists()

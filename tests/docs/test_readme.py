@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from apart_hf.cli import analyse, push_to_hub, reproduce, validate
+from apart_hf.__main__ import COMMANDS
+from apart_hf.cli import analyse, pull, push_to_hub, reproduce, validate
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.recipes import RECIPES
 from apart_hf.data import DATASETS
@@ -26,14 +27,25 @@ def test_the_loop_runs():
     assert scope["loss"].isfinite() and scope["output"].shape == (32, 10)
 
 
-def commands(script):
-    shell = "".join(blocks("bash")).splitlines()
-    found = [shlex.split(line) for line in shell if script in line]
-    return [command[command.index(script) + 1 :] for command in found]
+def commands(name):
+    """The arguments of every command of this name, in any of its forms."""
+    forms = re.compile(rf"(?:apart-hf|-m apart_hf) {name} |scripts/{name}\.py ")
+    lines = "".join(blocks("bash")).splitlines()
+    return [shlex.split(line[found.end() :]) for line in lines if (found := forms.search(line))]
+
+
+def test_the_first_command_is_that_of_the_launcher():
+    first, *others = [line for line in "".join(blocks("bash")).splitlines() if "train" in line]
+    assert first.endswith("pip install . && accelerate launch scripts/train.py --model resnet18 --method apart")
+    assert not any("scripts/" in line for line in others)  # what is installed needs none
+
+
+def test_every_command_is_shown():
+    assert all(commands(name) or f"`{name}`" in README or f"`apart-hf {name}`" in README for name in COMMANDS)
 
 
 def test_every_train_command_parses():
-    found = commands("scripts/train.py")
+    found = commands("train")
     assert len(found) == 8
     for arguments in found:
         parse_arguments(arguments)
@@ -42,23 +54,33 @@ def test_every_train_command_parses():
 def test_every_analyse_command_parses(monkeypatch):
     parsed = []
     monkeypatch.setattr(analyse, "_run", parsed.append)
-    for arguments in commands("scripts/analyse.py"):
+    for arguments in commands("analyse"):
         analyse.main(arguments)
     assert [args.figure for args in parsed] == ["attack", "robustness"]
 
 
+@pytest.mark.parametrize("module, name", [(push_to_hub, "push"), (pull, "pull"), (validate, "validate")])
+def test_every_command_of_a_model_parses(module, name, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(module, "_run", parsed.append)
+    for arguments in commands(name):
+        module.main(arguments)
+    assert len(parsed) == 1
+
+
 def test_every_table_command_parses(capsys, tmp_path):
-    found = commands("scripts/reproduce.py")
+    found = commands("reproduce")
     assert len(found) == 4
     for arguments in found:
         reproduce.main([*arguments, "--dry-run", "--results", str(tmp_path)])
-    assert capsys.readouterr().out.count("python scripts/train.py --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 4
+    assert capsys.readouterr().out.count("apart-hf train --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 4
 
 
 def test_every_flag_exists(capsys):
     for command, *figure in (
         (parse_arguments,),
         (push_to_hub.main,),
+        (pull.main,),
         (reproduce.main,),
         (validate.main,),
         (analyse.main, "attack"),

@@ -161,7 +161,7 @@ def test_a_failed_push_after_training_loses_nothing(hub, quickly, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         main(["--model", "test_resnet", "--max-steps", "1", "--output", str(tmp_path), "--push-to-hub", REPO])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"python scripts/push_to_hub.py {tmp_path}/demo-test_resnet-apart {REPO}" in error
+    assert stop.value.code == 2 and f"apart-hf push {tmp_path}/demo-test_resnet-apart {REPO}" in error
     hub.reset_faults()
     push_command([str(tmp_path / "demo-test_resnet-apart"), REPO])
     assert arrived(hub) == PUSHED

@@ -47,7 +47,7 @@ def test_shards_are_merged_and_nothing_is_run_twice(tmp_path, capfd, monkeypatch
     assert merged.endswith((folder / "study-cifar100-wide_resnet40_2-smoke.md").read_text() + "\n")
     assert (folder / "study-cifar100-wide_resnet40_2-smoke.png").read_bytes().startswith(b"\x89PNG")
     command = shlex.split(apart["command"])
-    assert command[:2] == ["python", "scripts/train.py"] and str(tmp_path) not in json.dumps(apart)
+    assert command[:2] == ["apart-hf", "train"] and str(tmp_path) not in json.dumps(apart)
     assert parse_arguments(command[2:]).ratio == 0.25
 
     assert reproduce().startswith("Study, scale smoke")  # trains nothing

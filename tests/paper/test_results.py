@@ -49,7 +49,7 @@ def test_the_results_kept_here_are_those_of_their_commands(scale, seeds, left, t
     for file in kept.glob("*.jsonl"):
         shutil.copy(file, tmp_path)
     main(["study", "--scale", scale, "--seeds", str(seeds), "--results", str(tmp_path), "--dry-run"])
-    assert capsys.readouterr().out.count("python scripts/train.py") == left
+    assert capsys.readouterr().out.count("apart-hf train ") == left
     main(["study", "--scale", scale, "--results", str(tmp_path), "--render"])
     name = f"study-cifar100-wide_resnet16_2-{scale}.md"
     table = (tmp_path / name).read_text()
