@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,6 +23,7 @@ from apart_hf.paper.figures import plot_attack, plot_robustness
 from apart_hf.utils.accelerator import start_accelerator
 from apart_hf.utils.command_line import Parser, at_least, run_command
 from apart_hf.utils.processes import use_threads
+from apart_hf.utils.progress_bar import progress_bar
 
 RADII = "0,0.02,0.05,0.1,0.15,0.2,0.3,0.4"
 
@@ -127,7 +126,7 @@ def _measured(args: argparse.Namespace, labels: list[str], accelerator: Accelera
     rows = []
     for label, checkpoint in zip(labels, args.checkpoint):
         model, batches = _load(args, checkpoint, accelerator)
-        progress = tqdm(batches, desc=label, leave=False, disable=not sys.stderr.isatty())
+        progress = progress_bar(batches, label, unit="batch")
         rows += [{"model": label, **row} for row in args.measure(args, model, progress)]
     return rows
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from apart_hf.data.dataset_base import EpochDataset
 from apart_hf.data.decoding import BadImage, bad_image, rgb
 from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
+from apart_hf.utils.progress_bar import progress_bar
 
 LARGEST = 2**32  # bytes of decoded images that are kept in memory unasked; Tiny-ImageNet takes 2.3e9 (2.1 GiB)
 _AT_ONCE = 1000  # images decoded by one look-up
@@ -54,14 +53,7 @@ def decode(
     """
     decoded = torch.zeros(len(split), edge, edge, _bytes(channels), dtype=torch.uint8)
     good = torch.ones(len(split), dtype=torch.bool)
-    for start in tqdm(
-        range(0, len(split), _AT_ONCE),
-        main_process_only=True,
-        desc=progress,
-        unit="k images",
-        leave=False,
-        disable=progress is None or not sys.stderr.isatty(),
-    ):
+    for start in progress_bar(range(0, len(split), _AT_ONCE), progress, unit="k images"):
         indices = list(range(start, min(start + _AT_ONCE, len(split))))
         for index, (encoded, _) in zip(indices, split.cells(indices)):
             try:

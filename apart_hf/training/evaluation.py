@@ -13,6 +13,7 @@ from apart_hf.data import IGNORED
 from apart_hf.errors import ApartError
 from apart_hf.training.epoch_metrics import Evaluation
 from apart_hf.training.metrics import K, TopKAccuracy
+from apart_hf.utils.progress_bar import progress_bar
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def evaluate(network: nn.Module, loader: Iterable, accelerator: Accelerator) -> 
     device = accelerator.device
     best = [torch.empty(0, K, dtype=torch.int64, device=device)]
     labels, losses = [torch.empty(0, dtype=torch.int64, device=device)], [torch.empty(0, device=device)]
-    for images, targets in loader:
+    for images, targets in progress_bar(loader, "evaluation", unit="batch"):
         with accelerator.autocast():
             output = network(images).float()
         losses.append(nn.functional.cross_entropy(output, targets, reduction="none", ignore_index=IGNORED))

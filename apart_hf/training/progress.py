@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from apart_hf.training.epoch_metrics import TrainedEpoch
+from apart_hf.utils.progress_bar import is_watched, progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -68,25 +67,37 @@ class Progress:
         """Tell whether so many optimizer steps have been made; None: there is no such end."""
         return max_steps is not None and self.steps >= max_steps
 
+    def batches_until(self, max_steps: int | None, length: int, accumulated: int) -> int:
+        """Count the batches of the epoch up to its end, or to the end of the training if that is sooner.
+
+        Args:
+            max_steps: optimizer steps after which the training ends; None: there is no such end.
+            length: batches of the whole epoch.
+            accumulated: batches of an optimizer step, but for the last one of an epoch, which may have fewer.
+        """
+        if max_steps is None:
+            return length
+        return min(length, self.batch + max(0, max_steps - self.steps) * accumulated)
+
     def is_done(self, epochs: int, max_steps: int | None) -> bool:
         """Tell whether so many epochs, or steps, have been made and what is due after them; None: no such end."""
         return self.epoch >= epochs or (self.batch == 0 and self.has_made(max_steps))
 
 
 class EpochReport:
-    """Shows an epoch by a bar, or by log lines where there is no terminal; says what was measured at its end.
+    """Shows an epoch by a bar, or by log lines where nobody watches one; says what was measured at its end.
 
     Args:
         progress: of the training; its epoch has begun.
         accelerator: its main process shows the bar.
         title: for instance "epoch 3/200".
-        batches: in the whole epoch.
+        batches: of the epoch that are to be made in all, those before it was resumed included.
         log_interval: steps between log lines where there is no bar.
     """
 
     def __init__(self, progress: Progress, accelerator: Accelerator, title: str, batches: int, log_interval: int):
         self.progress, self.accelerator, self.title, self.batches = progress, accelerator, title, batches
-        self.on_terminal, self.interval = sys.stderr.isatty(), log_interval
+        self.has_bar, self.interval = is_watched(), log_interval
         self.first = self._shown = progress.batch
         self._totals = progress.begin_epoch()
         self._seen_before = self._totals[2].item()
@@ -95,32 +106,23 @@ class EpochReport:
 
     def over(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """Give the batches with their numbers in the epoch, from 1, under a bar."""
-        self._bar = tqdm(
-            batches,
-            main_process_only=True,
-            desc=self.title,
-            unit="step",
-            leave=False,
-            initial=self.first,
-            total=self.batches,
-            disable=not (self.on_terminal and self.accelerator.is_local_main_process),
-        )
+        self._bar = progress_bar(batches, self.title, unit="step", initial=self.first, total=self.batches)
         try:
             yield from enumerate(self._bar, start=self.first + 1)
         finally:
             self._bar.close()
 
-    def show(self, batch: int) -> bool:
-        """Say how it goes, where that is due after a batch; return whether it was."""
+    def show(self, batch: int, lr: float) -> bool:
+        """Say how it goes and the learning rate, where that is due after a batch; return whether it was."""
         since = batch - self._shown
-        if since < self.interval and not (self.on_terminal and since >= 5):
+        if since < self.interval and not (self.has_bar and since >= 5):
             return False
         loss_sum, correct, seen = self._totals.tolist()
         rate = (seen - self._seen_before) * self.accelerator.num_processes / (time.perf_counter() - self._start)
         seen = seen or math.nan  # every step so far was left out
-        figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, {rate:.0f} images/s"
+        figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, lr {lr:.3g}, {rate:.0f} images/s"
         self._shown = batch
-        if self.on_terminal:
+        if self.has_bar:
             self._bar.set_postfix_str(figures)
         else:
             _log.info("%s, step %d/%d: %s", self.title, batch, self.batches, figures)

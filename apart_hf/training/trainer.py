@@ -80,6 +80,11 @@ class Trainer:
         """Return the network that is evaluated and exported: the averaged one, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def lr(self) -> float:
+        """Return the learning rate of the schedule; groups of parameters may have shares of it."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
     def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[EpochMetrics]:
         """Train, yielding each epoch's metrics, with those of its evaluation where there is one."""
         progress = self.progress
@@ -89,7 +94,7 @@ class Trainer:
             if hasattr(dataset, "set_epoch"):  # on several processes Accelerate does not pass it on
                 dataset.set_epoch(epoch)
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self.lr
             progress.end_epoch()
             last, evaluation = progress.is_done(epochs, max_steps), None
             if last or progress.epoch % self.val_interval == 0:
@@ -110,8 +115,9 @@ class Trainer:
         """Pass over the training data once, or over what is left of it."""
         self.model.train()
         progress, length = self.progress, len(self.train_loader)
-        report = EpochReport(progress, self.accelerator, title, length, self.log_interval)
         accumulated = self.accelerator.gradient_accumulation_steps
+        to_make = progress.batches_until(max_steps, length, accumulated)
+        report = EpochReport(progress, self.accelerator, title, to_make, self.log_interval)
         rest = length % accumulated  # batches in the last step of the epoch, where they are fewer
         batches = () if progress.has_made(max_steps) else self._batches()  # none, where it is resumed at its end
         for number, (images, labels) in report.over(batches):
@@ -129,7 +135,7 @@ class Trainer:
                     self.figures.end_step()
                 if self.after_step is not None:
                     self.after_step()
-            if report.show(number):
+            if report.show(number, self.lr):
                 self._warn()
             if progress.has_made(max_steps):
                 break
