@@ -83,8 +83,12 @@ def rows_of(tree: Any) -> list[int]:
     return sorted(found)
 
 
-def count_samples(batch: Any) -> int:
+def count_samples(batch: Any, cure: str = "give it: accumulate(batch, loss_fn, samples=N)") -> int:
     """Find the number of samples of a batch: the first dimension of all of its tensors (but those without one).
+
+    Args:
+        batch: of any kind.
+        cure: what the message advises.
 
     Raises:
         ApartError: where they disagree, or there is none.
@@ -98,7 +102,7 @@ def count_samples(batch: Any) -> int:
         problem = f"has tensors of {_listed(rows)} rows, so that its number of samples cannot be told"
     else:
         problem = "has no tensor with a row for each sample"
-    raise ApartError(f"the batch ({type(batch).__name__}) {problem}; give it: accumulate(batch, loss_fn, samples=N).")
+    raise ApartError(f"the batch ({type(batch).__name__}) {problem}; {cure}.")
 
 
 def count_images(images: Any, targets: Any) -> int:

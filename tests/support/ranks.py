@@ -16,8 +16,13 @@ def start_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
 
 
-def on_two_ranks(worker, folder, *arguments):
-    """What worker(rank, folder, *arguments) left in folder/RANK.pt."""
-    fork_server()
-    mp.start_processes(worker, args=(folder, *arguments), nprocs=RANKS, start_method="forkserver")
+def on_two_ranks(worker, folder, *arguments, forked_here=False):
+    """What worker(rank, folder, *arguments) left in folder/RANK.pt.
+
+    `forked_here`: the processes are forks of this one, which has imported what they need.
+    """
+    if not forked_here:
+        fork_server()
+    method = "fork" if forked_here else "forkserver"
+    mp.start_processes(worker, args=(folder, *arguments), nprocs=RANKS, start_method=method)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
