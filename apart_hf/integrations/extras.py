@@ -26,6 +26,7 @@ def brought_by(extra: str, *libraries: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in libraries:
+        name = (error.name or "").partition(".")[0]
+        if name not in libraries:
             raise
-        raise MissingExtra(f"{error.name} is not installed; pip install 'apart-hf[{extra}]'.") from None
+        raise MissingExtra(f"{name} is not installed; pip install 'apart-hf[{extra}]'.") from None

@@ -162,8 +162,7 @@ class _Call:
 
     def __init__(self, trainer: Any, compute_loss: Callable[..., Any], named: dict[str, Any]):
         self._trainer, self._compute_loss, self._named = trainer, compute_loss, named
-        self._traces: Traces | None = None
-        self._samples: int | None = None
+        self._traces, self._samples = Traces([trainer]), 0
 
     @staticmethod
     def in_pass(network: nn.Module, batch: tuple[Any, Tensor | None, _Call]) -> Any:
@@ -171,11 +170,11 @@ class _Call:
         return call(network, copy.copy(inputs), rows)  # a copy: compute_loss takes the labels out of it
 
     def __call__(self, network: nn.Module, inputs: Any, rows: Tensor | None) -> Any:
-        if self._traces is None:
-            self._traces, self._samples = Traces([self._trainer]), None if rows is None else len(rows)
-            return self._compute_loss(network, inputs, **self._named)
-        with self._traces.undone():
-            self._trainer.__dict__["log"] = _no_log
+        with self._traces.of_a_call() as is_first:
+            if is_first:
+                self._samples = 0 if rows is None else len(rows)
+            else:
+                self._trainer.__dict__["log"] = _no_log
             return self._compute_loss(network, inputs, **self._named | self._items(rows))
 
     def _items(self, rows: Tensor | None) -> dict[str, Any]:
@@ -183,7 +182,7 @@ class _Call:
         items = self._named.get("num_items_in_batch")
         if items is None or rows is None or len(rows) == self._samples:
             return {}
-        return {"num_items_in_batch": items * (len(rows) / cast(int, self._samples))}
+        return {"num_items_in_batch": items * (len(rows) / self._samples)}
 
 
 def _no_log(*args: Any, **kwargs: Any) -> None:

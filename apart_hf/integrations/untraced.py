@@ -1,4 +1,4 @@
-"""A second call of the user's code in one step, which leaves no trace on the object that it is a method of.
+"""The user's code is called twice in a step; the second call leaves no trace on the object that it is a method of.
 
 Loops count and collect in the method that computes the loss: metrics, lists of outputs. The perturbed pass is none of
 what they count.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _LONG = 10_000  # items; a longer container is looked into only where the first 
 
 
 class Traces:
-    """Keeps the second call of a step from the attributes that count and collect.
+    """Keeps all calls in a step but the first from the attributes that count and collect.
 
     Attributes are set back to what they were, numbers and all. In place are set back tensors that the first call has
     changed, lists, sets, deques and dicts, with the containers that a dict holds. What other objects hold is theirs.
@@ -29,6 +29,7 @@ class Traces:
 
     def __init__(self, owners: Iterable[Any]):
         self._owners = list(owners)
+        self._calls = 0
         # with the value itself: an id is that of one that lives
         self._marks = {
             id(value): (_mark(value), value) for _, before in self._attributes() for value in before.values()
@@ -41,7 +42,14 @@ class Traces:
         return id(value) in self._marks and self._marks[id(value)][0] == _mark(value)
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def of_a_call(self) -> Iterator[bool]:
+        """Surround a call. What is given tells whether it is the first; what further ones do is undone at their end."""
+        self._calls += 1
+        with nullcontext() if self._calls == 1 else self._undone():
+            yield self._calls == 1
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
         """Undo at the end what the block does to the attributes."""
         attributes = self._attributes()
         restores = [self._restore_of(value) for _, before in attributes for value in before.values()]
