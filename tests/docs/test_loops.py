@@ -3,25 +3,106 @@
 import re
 
 import pytest
+import timm
+import torch
+import transformers
+from accelerate import Accelerator
+from timm.task import ClassificationTask
 
-from tests.support.helpers import ROOT
+from apart_hf import create_strategy
+from tests.support.helpers import ROOT, assert_same, forget_accelerator
 
 LOOPS, TIMM = ((ROOT / "docs" / name).read_text() for name in ("LOOPS.md", "TIMM.md"))
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", LOOPS, re.S), ids=["a strategy", "a loss"])
+A_STRATEGY, A_LOSS, BY_HAND, IGNITE = re.findall(r"```python\n(.*?)```", LOOPS, re.S)
+QUIET = {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
+
+
+@pytest.mark.parametrize("code", [A_STRATEGY, A_LOSS], ids=["a strategy", "a loss"])
 def test_the_loop_runs(code):
     scope = {}
     exec(code, scope)
     assert scope["loss"].isfinite()
 
 
+def added(section):
+    """What a diff of the page adds, beside what it leaves as it is."""
+    text = re.search(rf"^## {section}$.*?```diff\n(.*?)```", LOOPS, re.M | re.S)[1]
+    return "\n".join(line[1:] for line in text.splitlines() if not line.startswith("-"))
+
+
+def images(count=16):
+    return [(torch.randn(3, 32, 32), k % 10) for k in range(count)]
+
+
+def test_transformers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=10)
+    scope = {"model": transformers.ResNetForImageClassification(config)}
+    scope["data"] = [{"pixel_values": image, "labels": label} for image, label in images()]
+    exec(added("transformers"), scope)
+    (state,) = [one for one in scope["trainer"].callback_handler.callbacks if type(one).__name__ == "ApartState"]
+    scope["trainer"].train()
+    assert str(state.loss.strategy) == "apart(epsilon=0.1, groups=4, ratio=1.0)" and state.loss.strategy.steps == 2
+
+
+def test_lightning(tmp_path, monkeypatch):
+    """The callback for a module that optimizes automatically; the other recipe makes the same steps by hand."""
+    monkeypatch.chdir(tmp_path)
+    scope, found = {}, []
+    exec(BY_HAND, scope)
+
+    class Automatic(scope["Module"]):
+        automatic_optimization = True
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(images(), batch_size=8)
+    for kind in (Automatic, scope["Module"]):
+        torch.manual_seed(0)
+        module, code = kind(), added("Lightning")
+        if kind is scope["Module"]:
+            code = re.sub(r"callbacks=\[.*\]", "", code)
+        exec(
+            code.replace("Trainer(", "Trainer(logger=False, accelerator='cpu', **quiet, "), {"quiet": QUIET} | locals()
+        )
+        found.append(module.state_dict())
+    assert_same(*found, tolerance=0)
+
+
+def test_accelerate():
+    forget_accelerator()
+    scope = {"accelerator": Accelerator(cpu=True), "model": timm.create_model("test_resnet", num_classes=10)}
+    scope["optimizer"] = torch.optim.SGD(scope["model"].parameters(), lr=0.1)
+    scope["loader"] = torch.utils.data.DataLoader(images(), batch_size=8)
+    scope["loss_fn"] = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    exec(added("accelerate"), scope)
+    assert scope["compute_loss"].strategy.steps == 2
+
+
+def test_ignite():
+    pytest.importorskip("ignite", reason="ignite is in no extra: pip install pytorch-ignite")
+    scope = {}
+    torch.manual_seed(0)
+    exec(IGNITE, scope)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = create_strategy("apart", model, epsilon=0.1, groups=4)
+    for x, y in scope["loader"]:
+        strategy.accumulate_gradients(x, y, torch.nn.CrossEntropyLoss())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(scope["model"].state_dict(), model.state_dict(), tolerance=0)
+
+
 def test_the_line_of_the_diff_runs():
-    added = [line[1:].strip() for line in TIMM.splitlines() if re.match(r"\+(?!\+\+)", line)]
-    assert len(added) == 2
-    import timm
-    from timm.task import ClassificationTask
+    lines = [line[1:].strip() for line in TIMM.splitlines() if re.match(r"\+(?!\+\+)", line)]
+    assert len(lines) == 2
 
     scope = {"task": ClassificationTask(timm.create_model("test_resnet"), verbose=False)}
-    exec("\n".join(added), scope)
+    exec("\n".join(lines), scope)
     assert str(scope["task"].forward.loss.strategy) == "apart(epsilon=0.1, groups=16, ratio=1.0)"
