@@ -94,10 +94,17 @@ class Apart(Callback):
 
     @property
     def strategy(self) -> TwoPassStrategy:
-        """Return the strategy, for `strategy.set` and its figures.
+        """Return the strategy, for `strategy.set` in a hook and for its figures.
 
         Raises:
             ApartError: before `fit`.
+
+        Example:
+            >>> from apart_hf.integrations.lightning import Apart
+            >>> class Warmup(Apart):
+            ...     def on_train_batch_start(self, trainer, *args):
+            ...         super().on_train_batch_start(trainer, *args)
+            ...         self.strategy.set(epsilon=0.1 * min(1.0, trainer.global_step / 100))
         """
         if self.loss is None:
             raise ApartError(
@@ -114,6 +121,12 @@ class Apart(Callback):
         Returns:
             Their number: tensors of that length are cut where the ratio is below 1, others belong to all samples.
             None: every tensor has a row for each sample.
+
+        Example:
+            >>> from apart_hf.integrations.lightning import Apart
+            >>> class ApartByLabels(Apart):
+            ...     def count_samples(self, batch):
+            ...         return len(batch["labels"])
         """
         return None
 

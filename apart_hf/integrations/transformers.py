@@ -16,6 +16,7 @@ from apart_hf.integrations.untraced import Traces
 from apart_hf.strategies.batches import count_samples
 from apart_hf.strategies.loss import create_loss
 from apart_hf.strategies.methods import create_strategy
+from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss
 
 with brought_by("transformers", "transformers"):
@@ -92,8 +93,32 @@ class ApartMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        trainer.add_callback(ApartState())
+        trainer.callback_handler.callbacks.insert(0, ApartState())  # the first: others may set what it has begun
         self._make(create_strategy, trainer.model)  # bad input is told before training
+
+    @property
+    def strategy(self) -> TwoPassStrategy:
+        """Return the strategy, for `strategy.set` in a callback and for its figures.
+
+        Raises:
+            ApartError: before `train`.
+
+        Example:
+            >>> from apart_hf.integrations.transformers import ApartTrainer
+            >>> from transformers import TrainerCallback
+            >>> class Warmup(TrainerCallback):
+            ...     def __init__(self, trainer):
+            ...         self.trainer = trainer
+            ...     def on_step_begin(self, args, state, control, **kwargs):
+            ...         self.trainer.strategy.set(epsilon=0.1 * min(1.0, state.global_step / 100))
+        """
+        trainer: Any = self
+        if trainer.is_in_train:
+            return self._loss_of(trainer.model_wrapped).strategy
+        loss = self._keeper.loss
+        if loss is None:
+            raise ApartError("the trainer has a strategy once train has begun; use it in a callback.")
+        return loss.strategy
 
     def count_samples(self, inputs: Mapping[str, Any]) -> int | None:
         """Tell how many samples a batch has, where its tensors do not: override it for such batches.
@@ -136,9 +161,14 @@ class ApartMixin:
         ends_step = cast(Any, self).accelerator.sync_gradients
         return loss((inputs, rows, call), samples=samples, ends_step=ends_step)
 
+    @property
+    def _keeper(self) -> ApartState:
+        callbacks = cast(Any, self).callback_handler.callbacks  # Trainer makes it anew where it restores callbacks
+        return next(one for one in callbacks if isinstance(one, ApartState))
+
     def _loss_of(self, model: nn.Module) -> TwoPassLoss[Any, Any]:
         """Return the loss of the model that is trained, which is made, or made anew, once it is wrapped."""
-        (keeper,) = (one for one in cast(Any, self).callback_handler.callbacks if isinstance(one, ApartState))
+        keeper = self._keeper
         if keeper.loss is None or keeper.loss.model is not model:
             state = keeper.state()["attributes"]["kept"]
             keeper.loss = self._make(create_loss, model, _Call.in_pass)
@@ -209,6 +239,9 @@ class ApartTrainer(ApartMixin, Trainer):
         >>> data = [{"pixel_values": torch.randn(3, 32, 32), "labels": k % 10} for k in range(16)]
         >>> args = ApartTrainingArguments("output", apart_method="apart", apart_groups=4, max_steps=2, report_to="none")
         >>> trainer = ApartTrainer(model, args, train_dataset=data)
-        >>> trainer.train().global_step
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
         2
+        >>> trainer.strategy
+        apart(epsilon=0.1, groups=4, ratio=1.0)
     """

@@ -10,10 +10,13 @@ import torch
 
 import apart_hf
 from apart_hf import METHODS, Method, Perturbation, TwoPassLoss, TwoPassStrategy
+from apart_hf.integrations.lightning import Apart
 from apart_hf.integrations.timm import apart
+from apart_hf.integrations.transformers import ApartMixin, ApartTrainer, ApartTrainingArguments
 from apart_hf.strategies.state import StrategyState
 
 CLASSES = (Method, Perturbation, StrategyState, TwoPassLoss, TwoPassStrategy)
+INTEGRATIONS = (Apart, ApartMixin, ApartTrainer, ApartTrainingArguments, apart)
 NOT_CALLED = {"METHODS", "MethodName", "__version__"}  # a table, a type and a string, shown in the examples of others
 SECTIONS = re.compile(r"^\s*(Args|Returns|Raises|Attributes|Example|Examples):", re.MULTILINE)
 
@@ -21,7 +24,11 @@ SECTIONS = re.compile(r"^\s*(Args|Returns|Raises|Attributes|Example|Examples):",
 def public():
     """Names and objects that users call: what the package exports, with the public methods of what they make."""
     found = {name: getattr(apart_hf, name) for name in apart_hf.__all__ if name not in NOT_CALLED}
-    found["integrations.timm.apart"] = apart
+    found |= {f"{value.__module__}.{value.__name__}": value for value in INTEGRATIONS}
+    for kind in (Apart, ApartMixin):  # their other methods are hooks of the framework's
+        found |= {
+            f"{kind.__module__}.{kind.__name__}.{name}": vars(kind)[name] for name in ("strategy", "count_samples")
+        }
     for kind in CLASSES:
         methods = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
         found |= {

@@ -42,9 +42,9 @@ def test_transformers(tmp_path, monkeypatch):
     scope = {"model": transformers.ResNetForImageClassification(config)}
     scope["data"] = [{"pixel_values": image, "labels": label} for image, label in images()]
     exec(added("transformers"), scope)
-    (state,) = [one for one in scope["trainer"].callback_handler.callbacks if type(one).__name__ == "ApartState"]
     scope["trainer"].train()
-    assert str(state.loss.strategy) == "apart(epsilon=0.1, groups=4, ratio=1.0)" and state.loss.strategy.steps == 2
+    strategy = scope["trainer"].strategy
+    assert str(strategy) == "apart(epsilon=0.1, groups=4, ratio=1.0)" and strategy.steps == 2
 
 
 def test_lightning(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def exists(dotted):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_a_document_names_is_there(document):
     text = checked_text(document)
-    paths = re.findall(r"(?<![\w/.-])(?:apart_hf|tests|scripts|docs|model_cards|results)/[\w./-]*\w", text)
+    paths = re.findall(r"(?<![\w/.-])(?:apart_hf|tests|scripts|docs|examples|model_cards|results)/[\w./-]*\w", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
     folder = ROOT / "model_cards/demo-test_resnet-apart" if document.name == "card.md" else document.parent

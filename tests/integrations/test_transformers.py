@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from apart_hf import ApartError
+from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.transformers import ApartMixin, ApartTrainer, ApartTrainingArguments
 from tests.support.helpers import assert_same, build, randomise_batchnorm, snapshot
 from tests.support.loops import CASES, HYPER, batches, by_strategy, hyper_of, sgd
@@ -291,6 +291,36 @@ def test_every_counts_steps_of_the_optimizer(arguments):
     trained(OurTrainer, model, args, parts)
     by_strategy(plain, "apart-sam", parts, own_loss(plain), accumulated=2, every=2, **HYPER["apart-sam"])
     assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-14)
+
+
+def test_a_schedule(arguments):
+    """A callback sets epsilon from the first step on; the strategy is there in training and after it."""
+    parts, epsilons, found = batches(8, 8, 8), [0.05, 0.2, 0.4], []
+
+    class Schedule(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            self.trainer.strategy.set(groups=4)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.trainer.strategy.set(epsilon=epsilons[state.global_step])
+
+        def on_step_end(self, *args, **kwargs):
+            found.append(str(self.trainer.strategy))
+
+    model, plain, schedule = Keywords(), Keywords(), Schedule()
+    trainer = schedule.trainer = made(OurTrainer, model, arguments("apart"), parts, callbacks=[schedule])
+    with pytest.raises(ApartError, match="once train has begun"):
+        _ = trainer.strategy
+    trainer.train()
+    assert found == [f"apart(epsilon={epsilon}, groups=4, ratio=1.0)" for epsilon in epsilons]
+    strategy, optimizer = create_strategy("apart", plain, groups=4), sgd(plain)
+    for epsilon, part in zip(epsilons, parts):
+        strategy.set(epsilon=epsilon)
+        strategy.accumulate(part, own_loss(plain))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
+    assert trainer.strategy.steps == 3
 
 
 @pytest.mark.parametrize("restores_callbacks", [False, True])
