@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from apart_hf.cli.image_options import add_image_options, measured_images, plain_batches
 from apart_hf.data import Loaders
+from apart_hf.data.dataset_names import without_prefix
 from apart_hf.data.split_names import same_split
 from apart_hf.hub.model_folder import Exported
 from apart_hf.hub.pretrained import find_pretrained, load_pretrained
@@ -73,7 +74,7 @@ def _same_images(args: argparse.Namespace, found: dict, training: TrainingRecord
         return False
     if args.data_dir is not None:
         return Path(args.data_dir).resolve().name == training.dataset
-    return args.dataset in (data.name, data.hub_id)
+    return without_prefix(args.dataset) in (data.name, data.hub_id)
 
 
 def _report(args: argparse.Namespace, found: dict, training: TrainingRecord, accelerator: Accelerator) -> bool:

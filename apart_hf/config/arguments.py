@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from apart_hf.config.recipes import recipe
 from apart_hf.config.setting import Setting
+from apart_hf.config.timm_flags import refusal
 from apart_hf.config.train_config import HYPER_PARAMETERS, SETTINGS, TrainConfig
 from apart_hf.config.yaml_file import read_config
 from apart_hf.errors import ApartError
@@ -33,6 +35,10 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         groups[setting.group].add_argument(setting.flag, *setting.flags, dest=setting.name, **_argument(setting))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    reason = refusal(arguments, {flag for setting in SETTINGS.values() for flag in (setting.flag, *setting.flags)})
+    if reason is not None and not {"-h", "--help"} & set(arguments):
+        parser.error(reason)
     flags = vars(parser.parse_args(arguments))
     file = read_config(flags["config"]) if flags.get("config") else {}
     name = flags.get("recipe", file.get("recipe"))
@@ -44,6 +50,8 @@ def parse_arguments(arguments: list[str] | None = None, *, prog: str | None = No
 def _argument(setting: Setting) -> dict[str, Any]:
     """Return what argparse is told of a setting, beside its flags."""
     help = setting.help.replace("%", "%%")
+    if setting.kind is bool and setting.name.startswith("no_"):
+        return {"help": help, "action": "store_true"}  # argparse would take its own flag for the opposite
     if setting.kind is bool:
         return {"help": help, "action": argparse.BooleanOptionalAction}
     return {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.models import is_model, split_model_name_tag
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
+from apart_hf.config.contradictions import check_in_use, check_together
 from apart_hf.config.model_arguments import channels_of, check_model_arguments
 from apart_hf.config.setting import Setting, settings_of
 from apart_hf.data import find_dataset
@@ -30,19 +32,21 @@ def check_values(config: TrainConfig) -> None:
         for number in value if isinstance(value, list) else [value]:
             _check_number(setting, number, value)
     _check_lists(config)
-    _check_together(config)
+    check_together(config)
     config.checkpoint_interval  # noqa: B018  raises where it cannot be read
     name = config.experiment
     if name is not None and (name == ".." or Path(name).name != name):
         raise ApartError(f"--experiment {name!r}: must be a plain folder name; its parent is --output.")
-    _check_project(config.project)
+    _check_project("--project", config.project)
+    if config.wandb_project is not None:
+        _check_project("--wandb-project", config.wandb_project)
 
 
-def _check_project(name: str) -> None:
+def _check_project(flag: str, name: str) -> None:
     """Raise for what is no name of a project in every tracker: tensorboard makes it a folder within the run's."""
     if not name or len(name) > 128 or not name.isprintable() or set(name) & set("/\\#?%:") or name in _NO_PROJECT:
         raise ApartError(
-            f"--project {name!r}: must be a plain name of 1 to 128 characters without / \\ # ? % : and none of "
+            f"{flag} {name!r}: must be a plain name of 1 to 128 characters without / \\ # ? % : and none of "
             f"{', '.join(_NO_PROJECT)}, which are a run's own folders."
         )
 
@@ -81,19 +85,6 @@ def _check_lists(config: TrainConfig) -> None:
             )
 
 
-def _check_together(config: TrainConfig) -> None:
-    if config.clip_grad == 0:
-        raise ApartError("--clip-grad 0 would remove every gradient; leave the flag out to clip nothing.")
-    if config.train_num_samples is not None and not config.streaming:
-        raise ApartError("--train-num-samples is the length of a stream; add --streaming, or leave it out.")
-    if config.val_fraction is not None and config.streaming:
-        raise ApartError("--val-fraction needs the whole training split, which a stream is not; drop one flag.")
-    if config.aa is not None and config.color_jitter:
-        raise ApartError("--aa and --color-jitter exclude each other in timm; leave one of them out.")
-    if (config.mixup or config.cutmix) and (config.batch_size or 2) % 2:
-        raise ApartError(f"mixup and cutmix mix pairs; --batch-size {config.batch_size} is odd, take an even one.")
-
-
 def check_names(config: TrainConfig) -> None:
     """Refuse what can be refused before any library is asked."""
     if config.method not in METHODS:
@@ -101,15 +92,43 @@ def check_names(config: TrainConfig) -> None:
     find_dataset(config.dataset, config.data_dir)
     if ":" not in config.model and not is_model(split_model_name_tag(config.model)[0]):
         raise unknown_name("model", config.model, timm.list_models())
+    _check_optimizer(config)
+    check_hyper_parameters(config.method, config.hyper_parameters())
+    if config.epsilon_warmup_epochs and "epsilon" not in METHODS[config.method].hyper_parameters():
+        raise ApartError(f"--epsilon-warmup-epochs: the method {config.method!r} has no epsilon; leave the flag out.")
+    check_in_use(config)
+    if config.trackers:
+        _check_trackers(config.trackers)
+
+
+def _check_optimizer(config: TrainConfig) -> None:
     if config.opt not in list_optimizers():
         raise unknown_name("optimizer", config.opt, map(str, list_optimizers()))
     if config.opt == "adahessian":
         raise ApartError("--opt adahessian needs second derivatives, which the two passes do not give; choose another.")
-    check_hyper_parameters(config.method, config.hyper_parameters())
-    if config.epsilon_warmup_epochs and "epsilon" not in METHODS[config.method].hyper_parameters():
-        raise ApartError(f"--epsilon-warmup-epochs: the method {config.method!r} has no epsilon; leave the flag out.")
-    if config.trackers:
-        _check_trackers(config.trackers)
+    known = get_optimizer_info(config.opt)
+    for flag, value, there in (
+        ("--opt-eps", config.opt_eps, known.has_eps),
+        ("--opt-betas", config.opt_betas, known.has_betas),
+    ):
+        if value is not None and not there:  # timm drops it
+            raise ApartError(f"{flag}: the optimizer {config.opt!r} has none; leave the flag out.")
+    usual = None if config.opt_betas is None else _usual_betas(config.opt)
+    if config.opt_betas is not None and usual is not None and len(usual) != len(config.opt_betas):
+        raise ApartError(
+            f"--opt-betas {' '.join(map(str, config.opt_betas))}: the optimizer {config.opt!r} has {len(usual)}, "
+            f"{' '.join(map(str, usual))} unless given."
+        )
+
+
+def _usual_betas(name: str) -> tuple[float, ...] | None:
+    """Return the betas that an optimizer has unless they are given; None: it does not say, or is not installed."""
+    try:
+        made = get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError):  # which making it says
+        return None
+    usual = getattr(inspect.signature(made).parameters.get("betas"), "default", None)
+    return usual if isinstance(usual, tuple) else None
 
 
 def _check_trackers(trackers: list[str]) -> None:

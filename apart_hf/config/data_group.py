@@ -1,4 +1,4 @@
-"""Settings of the data: where images are found, how they are read, and how they are augmented."""
+"""Settings of the data: where images are found, how they are read, and of which size and scale they are."""
 
 from __future__ import annotations
 
@@ -130,33 +130,3 @@ class DataGroup:
         outside="must be finite numbers",
     )
     std: list[float] | None = _setting(None, "likewise", role="what", above=0, outside="must be finite numbers above 0")
-    aa: str | None = _setting(
-        None,
-        "timm's automatic augmentation, for instance rand-m9-mstd0.5 [off]",
-        role="what",
-        recorded=19,
-        metavar="POLICY",
-    )
-    color_jitter: float = _setting(0.0, "colour jitter; not with --aa", role="what", least=0, recorded=20)
-    reprob: float = _setting(
-        0.0,
-        "probability of random erasing",
-        role="what",
-        least=0,
-        most=1,
-        over="a probability is at most 1 (0.25 is common)",
-        recorded=21,
-    )
-    mixup: float = _setting(0.0, "mixup alpha; 0: off", role="what", least=0, recorded=16)
-    cutmix: float = _setting(
-        0.0, "cutmix alpha; 0: off. With --mixup: one or the other, batch by batch", role="what", least=0, recorded=17
-    )
-    smoothing: float = _setting(
-        0.0,
-        "label smoothing in [0, 1)",
-        role="what",
-        least=0,
-        below=1,
-        over="must be below 1 (0.1 is common)",
-        recorded=18,
-    )

@@ -10,6 +10,7 @@ from apart_hf.config.model_arguments import channels_of
 from apart_hf.config.recipes import budgeted
 from apart_hf.config.train_config import HYPER_PARAMETERS, CompleteConfig, FilledConfig, TrainConfig
 from apart_hf.data import find_dataset
+from apart_hf.data.dataset_names import without_prefix
 from apart_hf.errors import ApartError
 from apart_hf.strategies.methods import METHODS
 from apart_hf.utils.processes import cores
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
     from apart_hf.data import ImageData
 
+# what --no-aug makes of the settings of training images; mixing is another matter, as in timm
+UNAUGMENTED = {
+    "aa": None,
+    "color_jitter": 0.0,
+    "reprob": 0.0,
+    "scale": None,
+    "hflip": 0.0,
+    "vflip": 0.0,
+    "padding": 0,
+    "train_interpolation": None,
+}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what accelerate calls each `amp_dtype`
 
 
@@ -30,29 +42,40 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
     """
     settings = vars(config) | {key: value for key, value in _usual(config).items() if getattr(config, key) is None}
     epochs, milestones = settings["epochs"], config.decay_milestones
+    interval = config.decay_epochs
     if config.budget is not None:
         passes = METHODS[config.method].passes(settings["ratio"] or 1.0, config.every)
+        before = epochs
         epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
+        if interval is not None and interval >= 1:  # below, it is a share
+            interval *= epochs / before
     if settings["sched"] == "multistep" and any(m > epochs for m in milestones or ()):
         raise ApartError(
             f"--decay-milestones {' '.join(map(str, milestones or ()))} lie beyond --epochs {epochs}, and the learning "
             "rate would not fall; name earlier ones, or shorten a recipe by --budget."
         )
-    if config.warmup_epochs >= epochs:
+    if config.warmup_epochs >= epochs and not config.warmup_prefix:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
     if config.epsilon_warmup_epochs > epochs:
         raise ApartError(
             f"--epsilon-warmup-epochs {config.epsilon_warmup_epochs} does not end within --epochs {epochs}; shorten it."
         )
+    if config.no_aug:
+        settings |= UNAUGMENTED
     if config.img_size is None and config.input_size is not None:
         settings["img_size"] = config.input_size[-1]
     settings["in_chans"] = channels_of(config)
+    if config.wandb_project is not None:
+        settings["project"] = config.wandb_project
     if config.amp and config.amp_dtype is None:
         settings["amp_dtype"] = "bfloat16"
     if config.workers is None:
         settings["workers"] = min(8, cores()) if torch.cuda.is_available() else 0
     settings["decay_milestones"] = sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)})
-    return FilledConfig(**settings | {"epochs": epochs, "budget": None, "report_to": config.trackers})
+    settings |= {"epochs": epochs, "budget": None, "decay_epochs": interval, "report_to": config.trackers}
+    filled = FilledConfig(**settings | {"dataset": without_prefix(config.dataset)})
+    filled.run_epochs  # noqa: B018  raises where there is no such schedule
+    return filled
 
 
 def plain_epochs(config: TrainConfig) -> int:

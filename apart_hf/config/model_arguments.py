@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from apart_hf.config.key_values import check_key_values, key_values
 from apart_hf.data.settings import CHANNELS
 from apart_hf.errors import ApartError
 
@@ -15,24 +14,10 @@ if TYPE_CHECKING:
 _POOLS = "avg, max, avgmax and catavgmax"
 
 
-def model_arguments(pairs: Iterable[str] | None) -> dict[str, Any]:
-    """Read KEY=VALUE as timm does: Python literals, else text."""
-    found = {}
-    for pair in pairs or ():
-        key, _, value = pair.partition("=")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two of too deep a nesting
-            found[key] = value
-    return found
-
-
 def check_model_arguments(config: TrainConfig) -> None:
     """Raise ApartError for arguments of the model that cannot be trained with, or contradict other settings."""
-    for pair in config.model_kwargs or ():
-        if not pair.partition("=")[0].isidentifier() or "=" not in pair:
-            raise ApartError(f"--model-kwargs {pair!r}: needs KEY=VALUE, for instance drop_block_rate=0.1.")
-    arguments = model_arguments(config.model_kwargs)
+    check_key_values("--model-kwargs", config.model_kwargs, "drop_block_rate=0.1")
+    arguments = key_values(config.model_kwargs)
     if "global_pool" in arguments and not arguments["global_pool"]:
         raise ApartError(
             "--model-kwargs global_pool= turns the pooling before the classifier off, which then gives no class for an "
@@ -57,7 +42,7 @@ def _asked_channels(config: TrainConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config.in_chans is not None:
         found[f"--in-chans {config.in_chans}"] = config.in_chans
-    arguments = model_arguments(config.model_kwargs)
+    arguments = key_values(config.model_kwargs)
     if "in_chans" in arguments:
         found[f"--model-kwargs in_chans={arguments['in_chans']}"] = arguments["in_chans"]
     return found

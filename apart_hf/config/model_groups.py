@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from apart_hf.config.setting import setting
 from apart_hf.strategies.methods import METHODS
@@ -33,8 +34,14 @@ class ModelGroup:
         in_tables=False,
         metavar="KEY=VALUE",
     )
-    # the record names the weights of these two by itself, without their folders
+    # the record names the weights of these three by itself, without their folders
     pretrained: bool = _model_setting(False, "start from timm's weights for it", role="what")
+    pretrained_path: str | None = _model_setting(
+        None,
+        "start from the weights in this file as if timm had them: first layer and classifier are adapted",
+        role="what",
+        metavar="FILE",
+    )
     initial_checkpoint: str | None = _model_setting(
         None,
         "start from the weights in this file (safetensors, or a state_dict that torch reads without "
@@ -61,12 +68,46 @@ class ModelGroup:
         over="must be below 1 (0.1 is common)",
         recorded=23,
     )
+    gp: str | None = _model_setting(
+        None,
+        "global pooling before the classifier: avg, max, avgmax, catavgmax, ... [the model's]",
+        role="what",
+        on_resume="fixed",
+        recorded=61,
+        in_tables=False,
+        metavar="POOL",
+    )
+    bn_momentum: float | None = _model_setting(
+        None,
+        "share of a batch in BatchNorm's running statistics [the model's]",
+        role="what",
+        above=0,
+        most=1,
+        over="a share of the batch is at most 1 (0.1 is common)",
+        recorded=62,
+    )
+    bn_eps: float | None = _model_setting(
+        None,
+        "epsilon of BatchNorm, of models that timm builds with any [the model's]",
+        role="what",
+        on_resume="fixed",
+        above=0,
+        recorded=63,
+    )
     grad_checkpointing: bool = _model_setting(
         False, "recompute activations in the backward, to save memory", role="how"
     )
     torchcompile: bool = _model_setting(False, "compile the model by torch.compile", role="how")
     # of no effect on a single process, which published figures are of
     sync_bn: bool = _model_setting(False, "synchronise BatchNorm over processes (GPUs only)", role="how", recorded=27)
+    # likewise; and so close to each other that figures do not tell them apart
+    dist_bn: Literal["broadcast", "reduce"] = _model_setting(
+        "broadcast",
+        "which running statistics are evaluated and exported after several processes; broadcast: those of the first; "
+        "reduce: their mean",
+        role="what",
+        recorded=64,
+    )
     model_ema: bool = _model_setting(
         False,
         "keep an exponential average of the weights; it is evaluated and exported",

@@ -1,4 +1,4 @@
-"""Settings of the optimisation: its length, batches, optimizer and schedule."""
+"""Settings of the optimisation: its length, batches and optimizer."""
 
 from __future__ import annotations
 
@@ -64,20 +64,34 @@ class OptimisationGroup:
     weight_decay: float | None = _setting(
         None, "on all parameters [0.0005, the paper's; demo: 0.005]", role="what", least=0, recorded=7
     )
-    sched: Literal["multistep", "cosine", "none"] | None = _setting(
-        None, "learning-rate schedule, by step [multistep; demo: cosine]", role="what", recorded=8
-    )
-    decay_milestones: list[int] | None = _setting(
+    layer_decay: float | None = _setting(
         None,
-        "epochs after which the learning rate falls to a tenth [1/2 and 3/4 of all]",
+        "learning rate of each layer, as a share of that of the layer above it [the same for all]",
         role="what",
-        least=1,
-        outside="epochs are counted from 1",
-        recorded=9,
+        on_resume="fixed",
+        above=0,
+        most=1,
+        over="a share of the rate of the layer above, at most 1 (0.75 is common)",
+        recorded=35,
     )
-    min_lr: float = _setting(0.0, "where the cosine ends", role="what", least=0, recorded=10)
-    warmup_lr: float = _setting(0.0, "where the warmup starts", role="what", least=0, recorded=12)
-    warmup_epochs: int = _setting(0, "epochs of linear warmup", role="what", least=0, recorded=11)
+    opt_eps: float | None = _setting(None, "epsilon of the optimizer [its own]", role="what", above=0, recorded=36)
+    opt_betas: list[float] | None = _setting(
+        None,
+        "betas of the optimizer [its own]",
+        role="what",
+        least=0,
+        below=1,
+        over="must be below 1 (0.9 0.999 is common)",
+        recorded=37,
+    )
+    opt_kwargs: list[str] | None = _setting(
+        None,
+        "further arguments of the optimizer, for instance amsgrad=True",
+        role="what",
+        on_resume="fixed",
+        recorded=38,
+        metavar="KEY=VALUE",
+    )
     epsilon_warmup_epochs: int = _setting(
         0,
         "epochs in which epsilon rises from 0, in a straight line",
@@ -87,7 +101,14 @@ class OptimisationGroup:
         in_tables=False,
     )
     clip_grad: float | None = _setting(
-        None, "largest norm of the combined gradient [off]", role="what", least=0, recorded=13
+        None, "largest norm of the combined gradient, or what --clip-mode says [off]", role="what", least=0, recorded=13
+    )
+    clip_mode: Literal["norm", "value", "agc"] = _setting(
+        "norm",
+        "what --clip-grad bounds; norm: that of the whole gradient; value: each component; agc: the norm of each "
+        "unit's gradient, as a share of its weights', but for the classifier",
+        role="what",
+        recorded=39,
     )
     # free, to go on after such a step, or before, from where both do the same
     on_nonfinite: Literal["stop", "skip"] = _setting(

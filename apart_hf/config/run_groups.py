@@ -78,6 +78,13 @@ class RunGroup:
     expect_processes: int | None = _run_setting(
         None, "fail unless so many processes were started", role="how", on_resume="free", least=1
     )
+    device: str | None = _run_setting(
+        None,
+        "fail unless this is where accelerate computes: cuda, cpu, ... [any]",
+        role="how",
+        on_resume="free",
+        metavar="NAME",
+    )
     threads: int | None = _run_setting(
         None, "CPU threads a process [OMP_NUM_THREADS, or all cores]", role="how", on_resume="free", least=1, most=1024
     )
@@ -109,6 +116,12 @@ class RunGroup:
         least=1,
     )
     log_wandb: bool = _run_setting(False, "the same as --report-to wandb", role="where")
+    wandb_project: str | None = _run_setting(
+        None, "the same as --project, with --log-wandb", role="where", metavar="NAME", decides="project"
+    )
+    wandb_tags: list[str] | None = _run_setting(
+        None, "tags of this run, with --log-wandb [none]", role="where", metavar="TAG"
+    )
     report_to: list[str] | None = _run_setting(
         None, "trackers of accelerate: tensorboard, wandb, trackio, ... [none]", role="where", metavar="NAME"
     )

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from apart_hf.config.augmentation_group import AugmentationGroup
 from apart_hf.config.checks import check_values
 from apart_hf.config.data_group import DataGroup
 from apart_hf.config.model_groups import MethodGroup, ModelGroup
 from apart_hf.config.optimisation_group import OptimisationGroup
 from apart_hf.config.run_groups import CommandGroup, PublishingGroup, RunGroup
+from apart_hf.config.schedule import run_epochs
+from apart_hf.config.schedule_group import ScheduleGroup, ScheduleName
 from apart_hf.config.setting import settings_of
 from apart_hf.errors import ApartError
 from apart_hf.strategies.methods import METHODS
@@ -20,7 +23,15 @@ HYPER_PARAMETERS = sorted({key for method in METHODS.values() for key in method.
 
 @dataclass(frozen=True)
 class TrainConfig(  # fields of the last base come first
-    RunGroup, PublishingGroup, OptimisationGroup, DataGroup, MethodGroup, ModelGroup, CommandGroup
+    RunGroup,
+    PublishingGroup,
+    ScheduleGroup,
+    OptimisationGroup,
+    AugmentationGroup,
+    DataGroup,
+    MethodGroup,
+    ModelGroup,
+    CommandGroup,
 ):
     """Holds the settings of one training run. None stands for "decided from the others", as the help texts say.
 
@@ -85,9 +96,14 @@ class FilledConfig(TrainConfig):
     epochs: int
     batch_size: int
     weight_decay: float
-    sched: Literal["multistep", "cosine", "none"]
+    sched: ScheduleName
     decay_milestones: list[int]
     workers: int
+
+    @property
+    def run_epochs(self) -> int:
+        """Return how many epochs the run has, with those that the schedule adds."""
+        return run_epochs(self)
 
 
 class CompleteConfig(FilledConfig):

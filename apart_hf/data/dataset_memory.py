@@ -87,7 +87,8 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         labels: (N,) class indices.
         mean, std: per channel, of pixels in [0, 1].
         padding: pixels on each side before the crop.
-        flip: whether to flip every second image, at random.
+        flip: whether to flip images at random.
+        hflip, vflip: the probabilities of that.
         seed: of what is drawn.
         device: where batches are made.
         skipped: images that were left out, for `take_skipped`.
@@ -102,13 +103,16 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         *,
         padding: int = 0,
         flip: bool = False,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         skipped: int = 0,
     ):
         super().__init__()
         self._left_out = skipped
-        self.edge, self.padding, self.flip, self.seed = decoded.shape[1], padding, flip, seed
+        self.edge, self.padding, self.seed = decoded.shape[1], padding, seed
+        self.flips = (hflip, vflip) if flip else (0.0, 0.0)
         if padding:
             decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
         decoded = decoded.contiguous()
@@ -127,7 +131,7 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         rows = torch.tensor(indices, device=self.pixels.device)
-        if self.padding or self.flip:
+        if self.padding or any(self.flips):
             found = self._augmented(rows, np.random.default_rng([self.seed, self.epoch, *indices]))
         else:
             found = self.pixels.index_select(0, rows)
@@ -137,15 +141,22 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         return images.div_(255).sub_(self.mean).div_(self.std), self.labels[rows]
 
     def _augmented(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
-        """Crop the padded images, (B, H, W), and flip half of them."""
+        """Crop the padded images, (B, H, W), and flip some of them."""
         corners = torch.from_numpy(rng.integers(2 * self.padding + 1, size=(2, len(rows), 1)))
-        flipped = torch.from_numpy(rng.integers(2 if self.flip else 1, size=(len(rows), 1)))
         top, left = corners.to(rows.device)
-        flipped = flipped.to(rows.device)
-        across = torch.where(flipped == 1, self.edge - 1 - self.steps, self.steps) + left
+        across, down = (self._flipped(rng, len(rows), probability) for probability in self.flips)
+        across, down = across + left, down + top
         width = self.pixels.shape[-1]
-        lines = rows.view(-1, 1) * self.pixels.shape[1] + top + self.steps
+        lines = rows.view(-1, 1) * self.pixels.shape[1] + down
         return self.pixels.view(-1).take(lines.unsqueeze(-1) * width + across.unsqueeze(1))
+
+    def _flipped(self, rng: np.random.Generator, count: int, probability: float) -> Tensor:
+        """Draw the order in which the pixels of an edge are taken: (B, edge), or (1, edge) where there is no chance."""
+        if not probability:
+            return self.steps.view(1, -1)
+        drawn = rng.integers(2, size=(count, 1)) if probability == 0.5 else rng.random((count, 1)) < probability
+        chosen = torch.from_numpy(drawn).to(self.steps.device)
+        return torch.where(chosen == 1, self.edge - 1 - self.steps, self.steps)
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

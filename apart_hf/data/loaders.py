@@ -17,9 +17,10 @@ from apart_hf.data.dataset_map import TransformedImages
 from apart_hf.data.dataset_memory import InMemoryImages, OtherSize, decode, fits_in_memory
 from apart_hf.data.dataset_stream import StreamedImages
 from apart_hf.data.loading import ImageData
+from apart_hf.data.repeated import RepeatedImages
 from apart_hf.data.settings import CHANNELS, LoaderSettings
 from apart_hf.data.splits import Split
-from apart_hf.data.transforms import SMALL, eval_transform, train_transform
+from apart_hf.data.transforms import ON_SINGLE_IMAGES, SMALL, eval_transform, train_transform
 from apart_hf.errors import ApartError
 from apart_hf.utils.processes import in_a_group_of_its_own
 
@@ -60,10 +61,12 @@ class Loaders:
         dataset = self._dataset(self.data.train, training=True)
         self._check_size(len(dataset), " that can be decoded")
         order = torch.Generator().manual_seed(self.settings.seed)
-        loader = DataLoader(
-            dataset, self.settings.batch_size, shuffle=True, drop_last=True, generator=order, **self._arguments(dataset)
-        )
-        return self.accelerator.prepare(loader)
+        size, arguments = self.settings.batch_size, self._arguments(dataset) | {"drop_last": True, "generator": order}
+        if self.settings.repeats:
+            sampler = self._repeated(dataset)
+            device = self.accelerator.device
+            return DataLoaderShard(dataset, device, batch_size=size, sampler=sampler, **arguments)
+        return self.accelerator.prepare(DataLoader(dataset, size, shuffle=True, **arguments))
 
     def evaluation(self, split: Split) -> DataLoaderShard:
         """Make plain batches of this process's share of a split, in its order."""
@@ -75,6 +78,28 @@ class Loaders:
         return DataLoaderShard(
             dataset, self.accelerator.device, batch_size=self.settings.eval_batch_size, **self._arguments(dataset)
         )
+
+    def _repeated(self, dataset: Dataset) -> RepeatedImages:
+        """Make the order of a training split whose images come several times, of this process's share.
+
+        Raises:
+            ApartError: where the share has less than one batch.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        sampler = RepeatedImages(
+            dataset,
+            settings.repeats,
+            seed=settings.seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        if len(sampler) < settings.batch_size:
+            raise ApartError(
+                f"--aug-repeats {settings.repeats:g}: {len(sampler)} images are shown to each of "
+                f"{accelerator.num_processes} process(es) in an epoch, fewer than --batch-size {settings.batch_size}; "
+                "use a smaller batch."
+            )
+        return sampler
 
     def _check_size(self, images: int, which: str) -> None:
         processes = self.accelerator.num_processes
@@ -89,6 +114,18 @@ class Loaders:
     def _padding(self) -> int:
         return self.data.spec.padding if self.settings.padding is None else self.settings.padding
 
+    @property
+    def _augmentation(self) -> dict[str, Any]:
+        return self.settings.augmentation or {}
+
+    @property
+    def _seed(self) -> int:
+        """Return the seed of what is drawn for a batch; repeated images come to several processes, and differ there."""
+        if not self.settings.repeats or self.accelerator.num_processes == 1:
+            return self.settings.seed
+        entropy = np.random.SeedSequence([self.settings.seed, self.accelerator.process_index])
+        return int(entropy.generate_state(1)[0])
+
     def _no_memory(self) -> str | None:
         """Say why the images cannot be kept in memory; None: they can."""
         if self.data.train.streamed:
@@ -98,11 +135,7 @@ class Loaders:
         if self.data.image_size != (edge, edge) or edge > SMALL:
             width, height = self.data.image_size
             return f"images of {width}x{height} pixels are no small squares of the network's input size ({edge}x{edge})"
-        used = [
-            f"--{name.replace('_', '-')}"
-            for name, value in (self.settings.augmentation or {}).items()
-            if value and name != "interpolation"
-        ]  # nothing is resized
+        used = [f"--{name.replace('_', '-')}" for name in ON_SINGLE_IMAGES if self._augmentation.get(name)]
         if used:
             return f"{', '.join(used)} works on single images"
         if self.settings.images["crop_pct"] != 1:
@@ -123,7 +156,7 @@ class Loaders:
             split,
             self._transform(training),
             training=training,
-            seed=self.settings.seed,
+            seed=self._seed,
             skip_bad=self.settings.skip_bad,
             workers=self.settings.workers,
         )
@@ -146,19 +179,18 @@ class Loaders:
             labels,
             self.settings.images["mean"],
             self.settings.images["std"],
-            seed=self.settings.seed,
+            seed=self._seed,
             device=self.accelerator.device,
             skipped=skipped,
-            padding=self._padding if training else 0,
-            flip=training,
+            padding=self._padding if training and not self._augmentation.get("no_aug") else 0,
+            flip=training and not self._augmentation.get("no_aug"),
+            **{name: self._augmentation[name] for name in ("hflip", "vflip") if name in self._augmentation},
         )
 
     def _transform(self, training: bool) -> Callable[[Image], Tensor]:
         if not training:
             return eval_transform(self.settings.images)
-        return train_transform(
-            self.settings.images, self.data.image_size, self._padding, **self.settings.augmentation or {}
-        )
+        return train_transform(self.settings.images, self.data.image_size, self._padding, **self._augmentation)
 
     def _arguments(self, dataset: Dataset) -> dict[str, Any]:
         if isinstance(dataset, InMemoryImages):

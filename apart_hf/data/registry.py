@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from apart_hf.data.dataset_names import without_prefix
 from apart_hf.errors import unknown_name
 
 DEMO_DIR = Path(__file__).parent / "demo"
@@ -118,11 +119,12 @@ def registered(name: str, folder: str | None = None) -> DatasetSpec | None:
 
 
 def find_dataset(name: str, folder: str | None = None) -> DatasetSpec:
-    """Return the spec of a registered name, or of a Hub id (`user/name`); or of `folder`, under that name.
+    """Return the spec of a registered name, or of a Hub id (`user/name`, `hfds/user/name`); or of `folder`, under it.
 
     Raises:
-        ApartError: for an unknown name.
+        ApartError: for an unknown name, and for a kind of dataset that timm reads and we do not.
     """
+    name = without_prefix(name)
     known = registered(name, folder)
     if known is not None:
         return (

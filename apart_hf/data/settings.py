@@ -68,7 +68,8 @@ class LoaderSettings:
         loader: "memory": images are decoded once; "workers": at every use; "auto": memory where that gives the same.
         workers: loader processes, of the second kind and of streams.
         seed: of order and augmentation.
-        augmentation: arguments of `train_transform`: aa, color_jitter, reprob, interpolation.
+        augmentation: arguments of `train_transform`, such as aa, color_jitter and reprob.
+        repeats: how often each image of an epoch of training comes, see `RepeatedImages`; 0: once.
         skip_bad: pass over images that cannot be decoded.
         padding: pixels around small training images before their random crop; None: the dataset's.
         shuffle_buffer: images of a stream that each loader process shuffles among themselves.
@@ -84,3 +85,4 @@ class LoaderSettings:
     skip_bad: bool = False
     shuffle_buffer: int = 2048
     padding: int | None = None
+    repeats: float = 0.0

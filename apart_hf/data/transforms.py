@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from PIL import Image as PIL
@@ -17,6 +17,7 @@ from torchvision import transforms as T
 from apart_hf.errors import ApartError
 
 _POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(m|n|p|w|t|d|b|mstd|mmax|inc)\d+(\.\d+)?)*")
+ON_SINGLE_IMAGES = ("aa", "color_jitter", "reprob", "scale")  # arguments of `train_transform` that batches cannot have
 SMALL = 96  # pixels; up to here images are cropped from a padded original instead of being resized
 LONGEST = 32  # times the shorter edge; what is longer is cut before it is resized, which could take gigabytes
 
@@ -89,7 +90,13 @@ def train_transform(
     aa: str | None = None,
     color_jitter: float = 0.0,
     reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+    scale: Sequence[float] | None = None,
+    hflip: float = 0.5,
+    vflip: float = 0.0,
     interpolation: str | None = None,
+    no_aug: bool = False,
 ) -> Callable[[Image], Tensor]:
     """Pad, crop at random and flip small images (the paper's CIFAR setting); resize, crop and flip others as timm does.
 
@@ -97,7 +104,11 @@ def train_transform(
         config: timm's description of the images, see `data_config`.
         image_size: (width, height) of the dataset's images, in pixels.
         padding: pixels around a small image before its random crop.
-        aa, color_jitter, reprob: timm's automatic augmentation, colour jitter and random erasing, after that.
+        aa, color_jitter, reprob, remode, recount: timm's automatic augmentation, colour jitter and random erasing,
+            after that.
+        scale: shares of the image that timm's crop takes, also of small images; None: timm's own, of others alone.
+        hflip, vflip: probabilities of the flips.
+        no_aug: images are resized to the network's input, as timm does, and nothing else.
         interpolation: where images are resized, "random" in turn; None: that of `config`.
 
     Raises:
@@ -107,28 +118,34 @@ def train_transform(
     if aa is not None and not _POLICY.fullmatch(aa):  # timm passes over what it cannot read
         raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.")
     resizing = interpolation or config["interpolation"]
+    shown = {"interpolation": resizing, "mean": config["mean"], "std": config["std"]}
+    if no_aug:
+        return create_transform(config["input_size"], is_training=True, no_aug=True, **shown)
     try:
         crop, augment, to_tensor = create_transform(
             config["input_size"],
             is_training=True,
             color_jitter=color_jitter,
             auto_augment=aa,
+            scale=None if scale is None else (scale[0], scale[1]),
+            hflip=hflip,
+            vflip=vflip,
             re_prob=reprob,
-            re_mode="pixel",
-            interpolation=resizing,
-            mean=config["mean"],
-            std=config["std"],
+            re_mode=remode,
+            re_count=recount,
             separate=True,
+            **shown,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise ApartError(f"--aa {aa!r} is no policy of timm; rand-m9-mstd0.5, augmix-m3-w3 and v0 are.") from error
     _keep_no_bits(augment)
-    if max(image_size) <= SMALL:
+    if max(image_size) <= SMALL and scale is None:
         # they do nothing to an image of that size
         modes = ("bilinear", "bicubic") if resizing == "random" else (resizing,)
         resize = T.RandomChoice([T.Resize(size, str_to_interp_mode(mode)) for mode in modes])
         cropped = T.RandomCrop(size, padding=padding)
-        crop = T.Compose([_Shortened(LONGEST, anywhere=True), resize, cropped, T.RandomHorizontalFlip()])
+        flips = [T.RandomHorizontalFlip(hflip), *([T.RandomVerticalFlip(vflip)] if vflip else [])]
+        crop = T.Compose([_Shortened(LONGEST, anywhere=True), resize, cropped, *flips])
     return T.Compose([*grey_first(config), crop, augment, to_tensor])
 
 

@@ -64,7 +64,7 @@ class Job:
         """Count the passes over the data, in units of those of the recipe's plain training."""
         config, given = self.config, parse_arguments(self.arguments)
         passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
-        return passes * config.epochs / plain_epochs(given)
+        return passes * config.run_epochs / plain_epochs(given)
 
 
 def setting(request: TableRequest, dataset: str, model: str) -> str:

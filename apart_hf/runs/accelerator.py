@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 
@@ -86,6 +87,7 @@ def _check_environment(config: TrainConfig) -> None:
 def _check_accelerator(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raise where an Accelerator does not go with the settings."""
     on_cpu = accelerator.device.type == "cpu"
+    _check_device(config.device, accelerator)
     if accelerator.mixed_precision == "fp16" and on_cpu:
         raise ApartError("float16 needs a GPU (accelerate scales no gradients on the CPU); use --amp-dtype bfloat16.")
     compiles = accelerator.state.dynamo_plugin.backend.value.lower()
@@ -99,3 +101,17 @@ def _check_accelerator(config: TrainConfig, accelerator: Accelerator) -> None:
         raise ApartError(f"{joined} process(es) were started, not {wanted}; {launch().cure(wanted, on_cpu=on_cpu)}.")
     if config.sync_bn and on_cpu:
         raise ApartError("--sync-bn needs GPUs: torch has no synchronised BatchNorm for the CPU; leave the flag out.")
+
+
+def _check_device(name: str | None, accelerator: Accelerator) -> None:
+    """Raise where accelerate computes elsewhere than the setting says; a number without one is any."""
+    if name is None:
+        return
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise ApartError(f"--device {name}: torch knows no such device; cuda and cpu are two.") from error
+    used = accelerator.device
+    if wanted.type != used.type or (wanted.index is not None and accelerator.num_processes == 1 and wanted != used):
+        cure = "set ACCELERATE_USE_CPU=true" if wanted.type == "cpu" else "see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        raise ApartError(f"--device {name}: accelerate computes on {used} here; {cure}, or leave the flag out.")

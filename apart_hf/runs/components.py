@@ -12,13 +12,19 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from apart_hf.config.key_values import key_values
+from apart_hf.config.schedule import schedule_arguments
 from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import DataSettings, LoaderSettings
 from apart_hf.errors import ApartError, first_line
 
+AUGMENTATION = ("aa", "color_jitter", "reprob", "remode", "recount", "scale", "hflip", "vflip", "no_aug")
+
 
 def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Make timm's optimizer, with weight decay on every parameter, BN and biases included, as in the paper."""
+    given = {"eps": config.opt_eps, "betas": config.opt_betas} | key_values(config.opt_kwargs)
+    own: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     try:
         return create_optimizer_v2(
             model,
@@ -27,27 +33,16 @@ def make_optimizer(config: FilledConfig, model: nn.Module, lr: float) -> torch.o
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             filter_bias_and_bn=False,
+            layer_decay=config.layer_decay,
+            **own,
         )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ApartError(f"cannot create optimizer {config.opt!r}: {first_line(error)}.") from error
 
 
 def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler | None:
-    """Make timm's scheduler, stepped by update. Milestones are epochs *after* which the learning rate falls."""
-    half_a_step = 0.5 / steps_per_epoch  # timm decays one step before its milestone
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        # timm's type names whole epochs, and it takes parts of them
-        decay_milestones=[m + half_a_step for m in config.decay_milestones],  # type: ignore[misc]
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    return scheduler
+    """Make timm's scheduler, see `schedule_arguments`."""
+    return create_scheduler_v2(optimizer, **schedule_arguments(config, steps_per_epoch))[0]
 
 
 def make_hyper_schedule(
@@ -89,13 +84,15 @@ def loader_settings(config: FilledConfig, images: dict[str, Any]) -> LoaderSetti
         config.loader,
         config.workers,
         config.seed,
-        {
-            "aa": config.aa,
-            "color_jitter": config.color_jitter,
-            "reprob": config.reprob,
-            "interpolation": "random" if config.interpolation == "random" else None,
-        },
+        {name: getattr(config, name) for name in AUGMENTATION} | {"interpolation": _train_interpolation(config)},
         skip_bad=config.on_bad_image == "skip",
         shuffle_buffer=config.shuffle_buffer,
         padding=config.padding,
+        repeats=config.aug_repeats,
     )
+
+
+def _train_interpolation(config: FilledConfig) -> str | None:
+    """Name how training images are resized; None: as those of the evaluation."""
+    of_both = "random" if config.interpolation == "random" and not config.no_aug else None
+    return config.train_interpolation or of_both

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_model_input_config, load_state_dict
+from timm.models import get_model_input_config
 from torch import nn
 
-from apart_hf.config.model_arguments import channels_of, model_arguments
+from apart_hf.config.key_values import key_values
+from apart_hf.config.model_arguments import channels_of
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import ImageData, data_config
 from apart_hf.data.settings import CHANNELS
 from apart_hf.errors import ApartError, first_line
 from apart_hf.models import pretrained_cfg
+from apart_hf.runs.factory import create_model, read_weights
 from apart_hf.runs.failures import is_out_of_memory
 from apart_hf.utils.hub_client import offline_if_unreachable
 
@@ -28,19 +27,24 @@ def make_model(config: TrainConfig, data: ImageData) -> tuple[nn.Module, dict[st
     usual = {
         "drop_rate": config.drop,
         "drop_path_rate": config.drop_path,
+        "global_pool": config.gp,
         "pretrained": config.pretrained,
+        "weights": config.pretrained_path,
+        "bn_momentum": config.bn_momentum,
+        "bn_eps": config.bn_eps,
         "in_chans": channels_of(config),
     }
-    kwargs: dict[str, Any] = {key: value for key, value in usual.items() if value}
-    kwargs |= model_arguments(config.model_kwargs)
+    kwargs: dict[str, Any] = {key: value for key, value in usual.items() if value} | key_values(config.model_kwargs)
     try:
         source = timm.get_pretrained_cfg(config.model)
         if source is not None and source.fixed_input_size and config.img_size is not None:
             kwargs["img_size"] = config.img_size
         with offline_if_unreachable():  # weights may be in the cache
-            model = timm.create_model(config.model, num_classes=len(data.class_names), **kwargs)
+            model = create_model(config.model, num_classes=len(data.class_names), **kwargs)
         if config.grad_checkpointing:
             cast(Any, model).set_grad_checkpointing()  # of timm's models
+    except ApartError:
+        raise
     except (RuntimeError, ValueError, OSError, TypeError, AssertionError, AttributeError, KeyError) as error:
         if is_out_of_memory(error):
             raise
@@ -93,22 +97,7 @@ def load_weights(model: nn.Module, file: str) -> None:
     Raises:
         ApartError: where the file cannot be read without running code from it, or belongs to another model.
     """
-    if not os.path.isfile(file):  # False for a name that no file can have
-        raise ApartError(f"--initial-checkpoint {file}: there is no such file.")
-    try:
-        state = load_state_dict(file, weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        raise ApartError(f"--initial-checkpoint {file}: cannot be read ({first_line(error)}).") from error
+    state = read_weights("--initial-checkpoint", file)
     own = model.state_dict()
     named = pretrained_cfg(model).get("classifier") or ()
     heads = (named,) if isinstance(named, str) else tuple(named)

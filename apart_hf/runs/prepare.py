@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -28,6 +27,7 @@ from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.interruption import StopRequest
 from apart_hf.runs.location import make_folder
 from apart_hf.runs.model import make_model
+from apart_hf.runs.objective import make_criterion, make_mixup
 from apart_hf.runs.record import training_record
 from apart_hf.runs.recorded_classes import order_of_an_old_run, recorded_order
 from apart_hf.runs.report import describe_data
@@ -85,8 +85,8 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
         f"{strategy}, {strategy.passes:g} passes a step"
     )
     _log.info(
-        f"run: {config.epochs} epochs of {len(trainer.train_loader)} steps, {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {threads} thread(s) each -> {path}"
+        f"run: {config.run_epochs} epochs of {len(trainer.train_loader)} steps, {accelerator.num_processes} "
+        f"process(es) on {accelerator.device.type}, {threads} thread(s) each -> {path}"
     )
     run = Run(
         config, accelerator, data, loaders, trainer, folder, is_new, checkpoints, checkpoint, data_digest(data), stop
@@ -132,21 +132,20 @@ def _make_trainer(
         **config.hyper_parameters(),
     )
     strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
-    mixes = config.mixup > 0 or config.cutmix > 0
-    mixup = None
-    if mixes:
-        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(data.class_names))
+    mixup = make_mixup(config, len(data.class_names))
     return Trainer(
         accelerator,
         model,
         strategy,
         optimizer,
         scheduler,
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else config.smoothing),
+        criterion=make_criterion(config, mixup),
         train_loader=train_loader,
         val_loader=val_loader,
         mixup=mixup,
         clip_grad=config.clip_grad,
+        clip_mode=config.clip_mode,
+        dist_bn=config.dist_bn,
         hyper_schedule=make_hyper_schedule(config, strategy.hyper, steps_per_epoch),
         ema=ema,
         log_interval=config.log_interval,

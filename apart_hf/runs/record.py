@@ -33,8 +33,9 @@ def training_record(
     kept = _settings(config)
     if config.sched != "multistep":
         kept.pop("decay_milestones", None)
-    if config.initial_checkpoint is not None:
-        kept["initial_checkpoint"] = Path(config.initial_checkpoint).name
+    for name in ("initial_checkpoint", "pretrained_path"):
+        if getattr(config, name) is not None:
+            kept[name] = Path(getattr(config, name)).name
     return TrainingRecord(
         config.method,
         hyper,
@@ -63,7 +64,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _base_model(config: TrainConfig, source: dict[str, Any]) -> str | None:
     """Return the Hub's name of the weights that training started from, or what else was named as the model."""
-    if not config.pretrained:
+    if not config.pretrained or config.pretrained_path is not None:
         return None
     place, _, name = config.model.rpartition(":")
     if place in ("hf_hub", "hf-hub"):

@@ -137,6 +137,6 @@ def go_on(run: Run) -> bool:
             group.update(settings)
     trainer.load_state(state.trainer, own)
     run.history.epochs, run.checkpoints.best = state.history, state.best
-    done = trainer.progress.is_done(config.epochs, config.max_steps)
+    done = trainer.progress.is_done(config.run_epochs, config.max_steps)
     tested = from_main_process(run.accelerator, lambda: run.folder.go_on(run.history, done))
     return not done or (run.data.test is not None and not tested)

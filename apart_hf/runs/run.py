@@ -94,9 +94,9 @@ class Run:
         try:
             self.trackers.start(progress.steps, goes_on=self.checkpoint is not None)
             with self.stop.noting():
-                for metrics in trainer.fit(config.epochs, config.max_steps):
+                for metrics in trainer.fit(config.run_epochs, config.max_steps):
                     self.history.epochs.append(metrics)
-                    self._record(last=progress.is_done(config.epochs, config.max_steps))
+                    self._record(last=progress.is_done(config.run_epochs, config.max_steps))
                     self.save()
                     schedule.check()
         except Exception as error:

@@ -44,6 +44,7 @@ class TrackedRun:
         id: which no other run has.
         goes_on: it was begun earlier.
         step: optimizer steps that it has made.
+        tags: that it is found by, where a tracker has any.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TrackedRun:
     id: str
     goes_on: bool
     step: int
+    tags: tuple[str, ...] = ()
 
 
 def _comet(run: TrackedRun) -> dict[str, Any]:
@@ -72,6 +74,7 @@ _OPTIONS: Mapping[str, Callable[[TrackedRun], dict[str, Any]]] = {
         "dir": str(run.folder),
         "id": run.id,
         **({"resume": "allow"} if run.goes_on else {}),
+        **({"tags": list(run.tags)} if run.tags else {}),
     },
     "trackio": lambda run: {"name": run.name, "resume": "allow" if run.goes_on else "never"},
     "mlflow": lambda run: {"run_name": run.name},
@@ -137,7 +140,12 @@ class Trackers:
     def _start(self, step: int, goes_on: bool) -> None:
         known = self._known() if goes_on else {}
         run = TrackedRun(
-            self.folder.name, self.folder.resolve(), known.get("id") or uuid.uuid4().hex, bool(known), step
+            self.folder.name,
+            self.folder.resolve(),
+            known.get("id") or uuid.uuid4().hex,
+            bool(known),
+            step,
+            tuple(self.config.wandb_tags or ()),
         )
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         try:

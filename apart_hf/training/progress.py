@@ -84,6 +84,11 @@ class Progress:
         return self.epoch >= epochs or (self.batch == 0 and self.has_made(max_steps))
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the rate of the schedule, of which groups of parameters may have shares."""
+    return float(max(group["lr"] for group in optimizer.param_groups))
+
+
 class EpochReport:
     """Shows an epoch by a bar, or by log lines where nobody watches one; says what was measured at its end.
 

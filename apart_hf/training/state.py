@@ -39,6 +39,7 @@ class ProcessState:
         skipped: rows of images that were passed over in the epoch so far.
         random: of `random_state()`.
         figures: sums (5,) of `StepFigures` so far; None: nobody is told.
+        statistics: BatchNorm's of the averaged network, where processes share the mean of theirs; None: they do not.
     """
 
     totals: Tensor | None
@@ -46,3 +47,4 @@ class ProcessState:
     skipped: list[int]
     random: dict[str, Any]
     figures: Tensor | None = None
+    statistics: dict[str, Tensor] | None = None

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from apart_hf.training.progress import learning_rate
+
 if TYPE_CHECKING:
     from apart_hf.training.trainer import Trainer
 
@@ -72,7 +74,7 @@ class StepFigures:
         joined = trainer.accelerator.reduce(torch.cat([self.sums, of_process]), "sum").tolist()
         loss, hits, samples, perturbed, passes, *values = joined
         self.sums = torch.zeros(5)
-        figures = {"lr": trainer.optimizer.param_groups[0]["lr"]}
+        figures = {"lr": learning_rate(trainer.optimizer)}
         if trainer.hyper_schedule is not None:
             figures |= {f"train/{key}": value for key, value in trainer.hyper_schedule(progress.steps - 1).items()}
         if samples:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from apart_hf.training.clipping import ClipMode, clip_gradients
+from apart_hf.training.distributed_statistics import average_statistics, running_statistics, with_first_buffers
 from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation, TrainedEpoch
 from apart_hf.training.evaluation import evaluate
+from apart_hf.training.loader_reports import count_skipped, say_warning
 from apart_hf.training.nonfinite import Guard
-from apart_hf.training.progress import EpochReport, Progress
+from apart_hf.training.progress import EpochReport, Progress, learning_rate
 from apart_hf.training.random_state import random_state, set_random_state
 from apart_hf.training.state import ProcessState, TrainerState
 from apart_hf.training.step_figures import StepFigures
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,11 +32,14 @@ class Trainer:
         model: in any wrapper.
         strategy: its `accumulate_gradients` fills p.grad; it was given the accelerator, which tells it where steps end.
         optimizer: stepped once in as many batches as the accelerator accumulates.
-        scheduler: timm's, stepped by update; None: a constant learning rate.
+        scheduler: timm's, by update or by epoch; None: a constant learning rate.
         criterion: criterion(output, targets) -> mean loss; takes soft targets where `mixup` makes them.
         train_loader, val_loader: batches of (images, class indices).
-        mixup: timm's Mixup, drawn once a batch and so the same in both passes; None: off.
-        clip_grad: largest norm of the combined gradient; None: off.
+        mixup: timm's Mixup, drawn once a batch and so the same in both passes; None: off. It may have `set_epoch`.
+        clip_grad: largest norm of the combined gradient, or what `clip_mode` says; None: off.
+        clip_mode: see `clip_gradients`.
+        dist_bn: "reduce": processes share the mean of their running statistics at the end of each epoch; "broadcast":
+            those of the first process are evaluated.
         hyper_schedule: gives the hyper-parameters of the next step from the number of steps made; None: they stay.
         ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
@@ -61,6 +63,8 @@ class Trainer:
     val_loader: Any
     mixup: Callable | None = None
     clip_grad: float | None = None
+    clip_mode: ClipMode = "norm"
+    dist_bn: Literal["broadcast", "reduce"] = "broadcast"
     hyper_schedule: Callable[[int], dict[str, float]] | None = None
     ema: ModelEmaV3 | None = None
     log_interval: int = 50
@@ -80,21 +84,19 @@ class Trainer:
         """Return the network that is evaluated and exported: the averaged one, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    @property
-    def lr(self) -> float:
-        """Return the learning rate of the schedule; groups of parameters may have shares of it."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
-
     def fit(self, epochs: int, max_steps: int | None = None) -> Iterator[EpochMetrics]:
         """Train, yielding each epoch's metrics, with those of its evaluation where there is one."""
         progress = self.progress
         for epoch in range(progress.epoch, epochs):
             self.train_loader.set_epoch(epoch)
-            dataset = self.train_loader.dataset
-            if hasattr(dataset, "set_epoch"):  # on several processes Accelerate does not pass it on
-                dataset.set_epoch(epoch)
+            parts: tuple[Any, ...] = self.train_loader.dataset, self.mixup
+            for part in parts:  # on several processes Accelerate does not pass it on
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+            if self.scheduler is not None and epoch:  # as in timm's script, it begins by itself
+                self.scheduler.step(epoch)  # does nothing where it goes by update
             trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
-            lr = self.lr
+            lr = learning_rate(self.optimizer)
             progress.end_epoch()
             last, evaluation = progress.is_done(epochs, max_steps), None
             if last or progress.epoch % self.val_interval == 0:
@@ -105,7 +107,7 @@ class Trainer:
                 trained,
                 evaluation,
                 lr,
-                train_skipped=self._skipped(self.train_loader) if self.skip_bad else None,
+                train_skipped=count_skipped(self.accelerator, self.train_loader) if self.skip_bad else None,
                 skipped_steps=self.guard.take_skipped() if self.skip_nonfinite else None,
             )
             if last:
@@ -133,13 +135,15 @@ class Trainer:
                 progress.end_step(made=self.guard.good)
                 if self.figures is not None:
                     self.figures.end_step()
+                if self.dist_bn == "reduce" and (number == length or progress.has_made(max_steps)):
+                    average_statistics(self.accelerator, self.model, self.evaluated)
                 if self.after_step is not None:
                     self.after_step()
-            if report.show(number, self.lr):
-                self._warn()
+            if report.show(number, learning_rate(self.optimizer)):
+                say_warning(self.train_loader)
             if progress.has_made(max_steps):
                 break
-        self._warn()
+        say_warning(self.train_loader)
         measured, samples = report.measured()
         self.guard.check_epoch(progress.steps, samples)
         self.guard.check_state(progress.steps)  # before it is evaluated and exported
@@ -159,7 +163,7 @@ class Trainer:
             NonFinite: where the step is not finite and is not to be left out.
         """
         number = self.progress.steps + 1
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.progress.steps:
             self.scheduler.step_update(self.progress.steps)
         if self.hyper_schedule is not None:
             self.strategy.set(**self.hyper_schedule(self.progress.steps))
@@ -176,7 +180,7 @@ class Trainer:
                 self.figures.end_batch(number, good)
             if good:
                 if self.clip_grad is not None:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+                    clip_gradients(self.accelerator, self.model, self.optimizer, self.clip_grad, self.clip_mode)
                 self.optimizer.step()
                 self.guard.after(number)
             self.optimizer.zero_grad()  # Accelerate's: does nothing before the last batch of a step
@@ -196,13 +200,6 @@ class Trainer:
             self._restore_random()
             yield batch
         self._restore_random()  # no batch was left
-
-    def _warn(self) -> None:
-        """Say what the training data are found to be, once."""
-        warning = getattr(self.train_loader.dataset, "warning", None)
-        text = None if warning is None else warning()
-        if text is not None:
-            _log.warning("warning: %s", text)
 
     def _restore_random(self) -> None:
         """Set the random numbers of a checkpoint within an epoch: making the loader drew from them."""
@@ -229,7 +226,8 @@ class Trainer:
         totals = None if progress.totals is None else progress.totals.cpu()
         skipped = self.train_loader.dataset.skipped_rows() if self.skip_bad else []
         figures = None if self.figures is None else self.figures.sums.cpu()
-        return shared, ProcessState(totals, self.strategy.state_dict(), skipped, random_state(), figures)
+        means = running_statistics(self.ema.module) if self.ema is not None and self.dist_bn == "reduce" else None
+        return shared, ProcessState(totals, self.strategy.state_dict(), skipped, random_state(), figures, means)
 
     def load_state(self, shared: TrainerState, own: ProcessState) -> None:
         """Go on from what `state` returned."""
@@ -239,6 +237,7 @@ class Trainer:
             self.scheduler.load_state_dict(shared.scheduler)
         if self.ema is not None and shared.ema is not None:
             self.ema.load_state_dict(shared.ema)
+            self.ema.module.load_state_dict(own.statistics or {}, strict=False)
         self.guard.load_state_dict(shared.guard)
         self.strategy.load_state_dict({"steps": progress.steps, **own.strategy})  # 0.1.0 did not keep them there
         progress.totals = None if own.totals is None else own.totals.to(self.accelerator.device)
@@ -252,16 +251,5 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, loader: Iterable) -> Evaluation:
         """Measure `evaluated`: loss and accuracy, with the number of images that were left out where that may be."""
-        network = self.evaluated
-        if self.accelerator.num_processes > 1:
-            # running statistics differ by rank; those of rank 0 are exported, so they are what is measured
-            for buffer in network.buffers():
-                buffer.copy_(broadcast(buffer, from_process=0))
-            network = self.accelerator.unwrap_model(network, keep_torch_compile=False)
-        found = evaluate(network, loader, self.accelerator)
-        return replace(found, eval_skipped=self._skipped(loader)) if self.skip_bad else found
-
-    def _skipped(self, loader: Any) -> int:
-        """Count the images of a loader that all processes have passed over since the last call."""
-        count = torch.tensor(loader.dataset.take_skipped(), device=self.accelerator.device)
-        return int(self.accelerator.reduce(count, "sum"))
+        found = evaluate(with_first_buffers(self.accelerator, self.evaluated), loader, self.accelerator)
+        return replace(found, eval_skipped=count_skipped(self.accelerator, loader)) if self.skip_bad else found

@@ -13,7 +13,7 @@ from apart_hf.config.train_config import HYPER_PARAMETERS, SETTINGS, TrainConfig
 from tests.support.helpers import ROOT
 
 HINTS = typing.get_type_hints(TrainConfig)
-GROUPS = ("settings", "model", "method", "data", "optimisation", "publishing", "run")
+GROUPS = ("settings", "model", "method", "data", "augmentation", "optimisation", "schedule", "publishing", "run")
 every_setting = pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
 
 
@@ -71,7 +71,7 @@ def test_the_command_line_takes_what_the_type_says(name):
         with pytest.raises(SystemExit):
             parse_arguments([known.flag, "none of them"])
     elif known.kind is bool:
-        assert known.default is False and getattr(parse_arguments([known.flag]), name) is True
+        assert known.default in (False, None) and getattr(parse_arguments([known.flag]), name) is True
     for flag in known.flags:
         assert getattr(parse_arguments([flag, "1"]), name) == 1
 

@@ -209,7 +209,7 @@ def test_a_flag_unsets_what_the_file_says_of_the_same(flags, want, tmp_path, cap
         ("epochs: many", r"epochs: 'many' is no int"),
         ("epochs: 2.5", r"epochs: 2.5 is no int"),
         ("channels_last: 3", r"channels_last: 3 is neither true nor false"),
-        ("sched: linear", r"sched: 'linear' is none of multistep, cosine, none"),
+        ("sched: linear", r"sched: 'linear' is none of multistep, cosine, step, constant, "),
         ("decay_milestones: 3", r"decay_milestones: 3 is no list"),
         ("lr: [0.1]", r"lr: \[0.1\] is a list"),
         ("epochs: 0", r"--epochs 0: must be"),

@@ -1,6 +1,7 @@
 """What accelerate reads from the environment agrees with what a run records and its schedule counts, or is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from apart_hf.cli.train import main
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.errors import ApartError
-from apart_hf.runs.accelerator import make_accelerator
+from apart_hf.runs.accelerator import _check_device, make_accelerator
 from apart_hf.runs.train import train
 from tests.support.helpers import forget_accelerator
 from tests.support.settings import settings
@@ -122,3 +123,33 @@ def test_the_line_of_the_command(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert raised.value.code == 2 and error.count("\n") == 1 and f"{STEPS}=4" in error
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, used, processes", [("cpu", "cpu", 1), ("cuda", "cuda:0", 1), ("cuda:1", "cuda:0", 2)])
+def test_the_device_that_is_asked_for(name, used, processes):
+    _check_device(name, SimpleNamespace(device=torch.device(used), num_processes=processes))
+    _check_device(None, SimpleNamespace(device=torch.device(used), num_processes=processes))
+
+
+@pytest.mark.parametrize(
+    "name, used, message",
+    [
+        ("cpu", "cuda:0", "--device cpu: accelerate computes on cuda:0 here; set ACCELERATE_USE_CPU=true, or leave"),
+        ("cuda", "cpu", "--device cuda: accelerate computes on cpu here; see nvidia-smi and CUDA_VISIBLE_DEVICES"),
+        ("cuda:1", "cuda:0", "--device cuda:1: accelerate computes on cuda:0 here"),
+        ("gpu", "cpu", "--device gpu: torch knows no such device; cuda and cpu are two"),
+        ("", "cpu", "--device : torch knows no such device"),
+    ],
+)
+def test_another_device_is_refused(name, used, message):
+    with pytest.raises(ApartError, match=message) as error:
+        _check_device(name, SimpleNamespace(device=torch.device(used), num_processes=1))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_on_the_device_that_is_asked_for(little, tmp_path):
+    with pytest.raises(ApartError, match="--device cuda: accelerate computes on cpu here"):
+        train(settings(little, tmp_path / "runs", device="cuda"))
+    assert not any(tmp_path.iterdir())
+    folder = train(settings(little, tmp_path, epochs=1, max_steps=1, device="cpu", checkpoint_every=None))
+    assert "device" not in json.loads((folder / "last/config.json").read_text())["apart"]["settings"]

@@ -51,6 +51,7 @@ def test_one_process_dies(little, tmp_path):
 KINDS = {
     "apart, memory": ["--method", "apart"],
     "apart, workers": ["--method", "apart", "--loader", "workers", "-j", "1"],
+    "apart, means of statistics": ["--method", "apart", "--dist-bn", "reduce", "--model-ema", "--aug-repeats", "2"],
     "apart-sam, averaged": ["--method", "apart-sam", "--model-ema", "--grad-accum-steps", "2", "--mixup", "0.2"],
 }
 
