@@ -35,10 +35,11 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.runs.train import train
 from apart_hf.utils import hub_client
 from apart_hf.utils.command_line import logging_to_output
-from tests.support.fork_server import end_all
+from tests.support.fork_server import end_all, no_wait_for_the_disk
 from tests.support.helpers import batch, build, forget_accelerator, write_demo
 from tests.support.hub_server import HubServer
 from tests.support.markers import python_is_started_by_marked_tests
+from tests.support.settings import settings
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
 
@@ -81,11 +82,27 @@ def a_process_of_its_own(monkeypatch):
 
     It computes with one thread: its models are so small that a second one costs more than it gives.
     """
-    monkeypatch.setattr("apart_hf.utils.processes.cores", lambda: 1)
-    torch.set_num_threads(1)
+    on_one_core(monkeypatch)
     yield
     forget_accelerator()
     end_all()
+
+
+def on_one_core(monkeypatch):
+    monkeypatch.setattr("apart_hf.utils.processes.cores", lambda: 1)
+    monkeypatch.setattr(os, "fsync", no_wait_for_the_disk)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def drawn():
+    """Runs draw their curves. Elsewhere they write a file of that name, which takes less than half a second."""
+
+
+@pytest.fixture(autouse=True)
+def without_curves(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("apart_hf.runs.folder.plot_training", lambda epochs, path, title: path.write_bytes(b""))
 
 
 @pytest.fixture
@@ -138,6 +155,22 @@ def finished(tmp_path_factory):
             experiment="run",
         )
     )
+
+
+@pytest.fixture(scope="session")
+def trained(little, tmp_path_factory):
+    """The run of `settings(little, ...)`: two epochs of nine steps, with a checkpoint after every second step."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_core(patch)
+        run = train(settings(little, tmp_path_factory.mktemp("trained")))
+    forget_accelerator()
+    return run
+
+
+@pytest.fixture
+def trained_here(trained, tmp_path):
+    """A copy of it where `settings(little, tmp_path)` puts it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture

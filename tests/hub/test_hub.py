@@ -57,7 +57,7 @@ with torch.no_grad():
 
 
 @pytest.mark.process
-def test_train_push_load_validate(hub, tmp_path, capsys):
+def test_train_push_load_validate(hub, tmp_path, capsys, drawn):
     """The whole way, by its commands: what the card claims is measured again from the Hub."""
     flags = f"--model test_resnet --max-steps 12 --license mit --push-to-hub {REPO}"
     train_command([*flags.split(), "--output", str(tmp_path)])

@@ -29,7 +29,7 @@ def cut(*_):
 @pytest.mark.parametrize("method", ["standard", "sam"])
 def test_dropout_after_a_cut_in_the_first_evaluation(method, little, tmp_path, monkeypatch):
     """The checkpoint is of an epoch's last step: no batch of it is left."""
-    more = {"method": method, "drop": 0.3, "checkpoint_every": "1"}
+    more = {"method": method, "drop": 0.3, "batch_size": 24, "checkpoint_every": "1"}
     whole = train(settings(little, tmp_path / "whole", **more))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", cut)
@@ -58,8 +58,8 @@ def until(run, step):
             shutil.rmtree(folder)
 
 
-def test_refused_settings_change_nothing(little, tmp_path):
-    one = train(settings(little, tmp_path))
+def test_refused_settings_change_nothing(little, tmp_path, trained_here):
+    one = trained_here
     until(one, 4)
     before = {path: path.read_bytes() for path in one.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(ApartError, match="is of 8 images a step"):
@@ -87,16 +87,15 @@ def test_settings_are_those_of_the_checkpoint(little, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "more", [{"opt": "adamw"}, {"model": "test_byobnet"}, {"model_ema": True}, {"eval_metric": "eval_loss"}]
 )
-def test_what_no_checkpoint_has_is_refused_also_with_override(more, little, tmp_path):
-    one = train(settings(little, tmp_path))
-    until(one, 4)
+def test_what_no_checkpoint_has_is_refused_also_with_override(more, little, tmp_path, trained_here):
+    until(trained_here, 4)
     ((key, _),) = more.items()
     with pytest.raises(ApartError, match=f"cannot go on with {key} .*, also not by --override"):
         train(settings(little, tmp_path, **more, resume="auto", override=True))
 
 
-def test_other_data_are_refused(little, tmp_path):
-    one = train(settings(little, tmp_path))
+def test_other_data_are_refused(little, tmp_path, trained_here):
+    one = trained_here
     until(one, 4)
     with pytest.raises(ApartError, match="is of other data: their labels or numbers differ"):
         train(settings(write_demo(tmp_path / "more", train=90, test=30), tmp_path, resume="auto"))
@@ -126,9 +125,9 @@ def test_accumulation_goes_on_at_the_start_of_a_step(little, tmp_path, monkeypat
     assert synced == [False, True] * 15  # 6 steps of the first epoch, 9 of the second
 
 
-def test_a_checkpoint_that_was_not_renamed_yet_is_found(little, tmp_path, monkeypatch):
+def test_a_checkpoint_that_was_not_renamed_yet_is_found(little, tmp_path, monkeypatch, trained_here):
     """A kill between the removal of an epoch's checkpoint and the renaming of its successor; others' remains go."""
-    one = train(settings(little, tmp_path))
+    one = trained_here
     want, checkpoints = result(one), one / "checkpoints"
     until(one, 9)
     (checkpoints / "step-00000009").rename(checkpoints / ".step-00000009")
@@ -156,9 +155,9 @@ def test_the_test_split_is_looked_at_again_after_a_longer_run(tmp_path, monkeypa
     assert recorded["split"] == "test" and recorded["epoch"] == 2
 
 
-def test_no_room_at_the_start(little, tmp_path):
+def test_no_room_at_the_start(little, tmp_path, trained_here):
     """Nothing is lost where a resumed run cannot write."""
-    one = train(settings(little, tmp_path))
+    one = trained_here
     until(one, 4)
     kept = (one / "config.yaml").read_bytes()
     limits, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -219,7 +218,7 @@ def test_names_and_numbers_without_end(flags, little, tmp_path, monkeypatch, cap
     assert stop.value.code == 2 and error.count("\n") == 1 and "out of memory" not in error, error
 
 
-def test_a_name_that_looks_like_mathematics(tmp_path):
+def test_a_name_that_looks_like_mathematics(tmp_path, drawn):
     data = write_demo(tmp_path / "$\\bad{$", train=16, test=8)
     run = train(settings(data, tmp_path, epochs=1))
     assert (run / "plots/training.png").stat().st_size > 1000
@@ -255,8 +254,9 @@ def test_a_full_disk_under_the_log(little, tmp_path):
 def test_every_method_goes_on_exactly(little, tmp_path):
     """Those that the cases of test_resume leave out."""
     for method in ("asam", "apart-asam", "sam-on", "ghost-bn"):
-        more = {"method": method} | ({"groups": 2} if method in ("apart-asam", "ghost-bn") else {})
+        more = {"method": method, "batch_size": 24, "checkpoint_every": "1"}
+        more |= {"groups": 2} if method in ("apart-asam", "ghost-bn") else {}
         whole = train(settings(little, tmp_path / method / "whole", **more))
         part = shutil.copytree(whole, tmp_path / method / "part/run")
-        until(part, 4)
+        until(part, 2)  # of three in an epoch
         assert_equal_runs(whole, train(settings(little, part.parent, **more, resume="auto")))

@@ -41,9 +41,9 @@ def test_another_learning_rate_and_decay_count(sched, want, little, tmp_path):
     assert weights[0] < weights[1]  # by the decay
 
 
-def test_smaller_batches_go_on_from_the_same_image(little, tmp_path, monkeypatch):
+def test_smaller_batches_go_on_from_the_same_image(little, tmp_path, monkeypatch, trained_here):
     """What is tried where memory runs out: half the batch, twice the accumulation."""
-    one = train(settings(little, tmp_path))
+    one = trained_here
     for folder in (one / "checkpoints").glob("step-*"):
         if folder.name > "step-00000004":
             shutil.rmtree(folder)

@@ -100,16 +100,16 @@ def test_a_stream_of_known_rows_goes_on(workers, tmp_path):
     assert_equal_runs(whole, part)
 
 
-def test_the_case_without_a_checkpoint_starts_anew(little, tmp_path):
-    one = train(settings(little, tmp_path))
+def test_the_case_without_a_checkpoint_starts_anew(little, tmp_path, trained_here):
+    one = trained_here
     shutil.rmtree(one / "checkpoints")
     before = result(one)
     train(settings(little, tmp_path, resume="auto"))
     assert result(one)[0] == before[0]
 
 
-def test_a_finished_run_says_so(little, tmp_path, capsys, spoken):
-    one = train(settings(little, tmp_path))
+def test_a_finished_run_says_so(little, tmp_path, capsys, spoken, trained_here):
+    one = trained_here
     stamp = (one / "last/model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     assert train(settings(little, tmp_path, resume=str(one))) == one
@@ -151,8 +151,8 @@ def test_a_longer_run_goes_on(little, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "no manifest"])
-def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys, spoken):
-    one = train(settings(little, tmp_path))
+def test_a_damaged_checkpoint_is_passed_over(harm, little, tmp_path, capsys, spoken, trained_here):
+    one = trained_here
     want = result(one)
     latest = sorted((one / "checkpoints").glob("step-*"))[-1]
     file = latest / "optimizer.bin"
@@ -188,10 +188,10 @@ def test_old_checkpoints_go_but_for_that_of_the_best_epoch(little, tmp_path, mon
     assert all(damage(folder) is None for folder in (one / "checkpoints").glob("step-*"))
 
 
-def test_what_cannot_be_resumed(little, tmp_path):
+def test_what_cannot_be_resumed(little, tmp_path, trained_here):
     with pytest.raises(ApartError, match=r"--resume nowhere: there is no checkpoint"):
         train(settings(little, tmp_path, resume="nowhere"))
-    one = train(settings(little, tmp_path))
+    one = trained_here
     folder = sorted((one / "checkpoints").glob("step-*"))[-1]
     shared = torch.load(folder / "run.pt", weights_only=True) | {"processes": 2}
     torch.save(shared, folder / "run.pt")
@@ -229,8 +229,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(little, tmp_path, monkeypatc
     assert damage(tmp_path / "run/checkpoints/step-00000003") is None
 
 
-def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
-    whole = train(settings(little, tmp_path / "whole"))
+def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch, trained):
     write = RunFolder._export
 
     def limited(*arguments):
@@ -242,4 +241,4 @@ def test_no_room_for_the_weights_of_an_epoch(little, tmp_path, monkeypatch):
         with pytest.raises(ApartError, match=r"^cannot write .*run \(.*File too large.*\); make room there,.*--resume"):
             train(settings(little, tmp_path))
     assert not (tmp_path / "run/last").exists() and latest(tmp_path / "run").name == "step-00000008"
-    assert_equal_runs(whole, train(settings(little, tmp_path, resume="auto")))
+    assert_equal_runs(trained, train(settings(little, tmp_path, resume="auto")))

@@ -53,7 +53,7 @@ def test_a_run_repeats_exactly(method, tmp_path, small_data):
     assert runs[0][1] == runs[1][1] and len(runs[0][1]) == 2
 
 
-def test_the_run_folder(tmp_path, small_data):
+def test_the_run_folder(tmp_path, small_data, drawn):
     folder = train(
         TrainConfig(
             model="test_resnet",
@@ -94,7 +94,7 @@ def test_the_run_folder(tmp_path, small_data):
     )
 
 
-def test_fewer_evaluations_change_nothing_else(tmp_path, small_data):
+def test_fewer_evaluations_change_nothing_else(tmp_path, small_data, drawn):
     def run_of(interval):
         folder = train(
             TrainConfig(

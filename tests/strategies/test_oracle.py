@@ -13,6 +13,7 @@ from tests.support.oracle import HYPER, check, step
 
 MODELS = ["resnet18", "test_efficientnet", "test_byobnet", "bn1d", "wide_resnet16_2"]
 MAIN = ["standard", "apart", "sam", "apart-sam"]
+# below, where the size of a residual network has no part in what is asked: "test_resnet", of the same blocks
 # every method, the paper's own on every model
 ALL = [(method, name) for method in ["standard", *HYPER] for name in (MODELS if method in MAIN else MODELS[1:4])]
 
@@ -25,7 +26,8 @@ ALL = [(method, name) for method in ["standard", *HYPER] for name in (MODELS if 
     ],
 )
 def test_agrees_with_the_oracle(method, name, channels_last):
-    model, (images, targets) = build(name), batch()
+    # a wide network halves its maps less often than others, and float64 is slow
+    model, (images, targets) = build(name), batch(pixels=16 if name.startswith("wide") else 32)
     if channels_last:
         model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
     deltas = check(model, images, targets, method, HYPER.get(method, {}))
@@ -34,7 +36,7 @@ def test_agrees_with_the_oracle(method, name, channels_last):
 
 
 @pytest.mark.parametrize("method", ["apart", "apart-sam", "random-bn"])
-@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_part_of_a_batch_in_channels_last(name, method):
     model, (images, targets) = build(name), batch()
     model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
@@ -57,14 +59,14 @@ def test_layers_whose_names_look_like_wrappers():
 
 
 @pytest.mark.parametrize("groups, ratio", [(1, 1.0), (2, 0.5), (1, 0.25), (8, 1.0), (3, 0.75)])
-@pytest.mark.parametrize("name", ["resnet18", "test_byobnet", "bn1d"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "bn1d"])
 def test_groups_and_ratio(name, groups, ratio):
-    pixels = 64 if name == "resnet18" else 32  # more than one value per channel in a group of two
+    pixels = 64 if name == "test_resnet" else 32  # more than one value per channel in a group of two
     check(build(name), *batch(pixels=pixels), "apart", {"epsilon": 0.2, "groups": groups, "ratio": ratio})
 
 
 @pytest.mark.parametrize("method", MAIN[1:])
-@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_adds_to_gradients_that_are_there(name, method):
     model, (images, targets) = build(name), batch()
     for p in model.parameters():
@@ -78,7 +80,7 @@ def test_adds_to_gradients_that_are_there(name, method):
 
 
 @pytest.mark.parametrize("method", HYPER)
-@pytest.mark.parametrize("name", ["resnet18", "test_byobnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet"])
 def test_frozen_gamma_and_beta(name, method):
     model = build(name)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -103,7 +105,7 @@ def test_soft_labels(method):
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
 def test_momentum_of_the_buffers(momentum):
-    model = build("resnet18")
+    model = build("test_resnet")
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.momentum = momentum
@@ -111,7 +113,7 @@ def test_momentum_of_the_buffers(momentum):
 
 
 def test_frozen_batchnorm_layers_are_left_alone():
-    model = build("resnet18")
+    model = build("test_resnet")
     for name, m in model.named_modules():
         if name.startswith(("bn1", "layer1")) and isinstance(m, torch.nn.BatchNorm2d):
             m.eval()
@@ -133,7 +135,7 @@ def test_buffers_are_those_of_a_plain_step_bit_for_bit(method, name, dtype):
     "method, hyper",
     [("apart", {"epsilon": 0, "groups": 1}), ("sam", {"rho": 0}), ("apart-sam", {"epsilon": 0, "groups": 1, "rho": 0})],
 )
-@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "bn1d"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "bn1d"])
 def test_without_radius_it_is_the_standard_gradient(name, method, hyper):
     model, (images, targets) = build(name), batch()
     plain = copy.deepcopy(model)
