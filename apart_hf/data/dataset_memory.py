@@ -112,6 +112,7 @@ class InMemoryImages(EpochDataset, torch.utils.data.Dataset):
         super().__init__()
         self._left_out = skipped
         self.edge, self.padding, self.seed = decoded.shape[1], padding, seed
+        self.flip = flip
         self.flips = (hflip, vflip) if flip else (0.0, 0.0)
         if padding:
             decoded = torch.nn.functional.pad(decoded, (0, 0, padding, padding, padding, padding))
