@@ -44,7 +44,7 @@ def test_training_is_refused_and_the_library_works(tmp_path):
     assert ended.returncode == 0, ended.stderr
     *settings, first, second, line = ended.stdout.splitlines()
     assert "method: apart" in settings and first == second == "exit code 2"
-    assert ended.stderr.splitlines() == [f"apart-hf train: error: {line}"] * 2
+    assert ended.stderr.splitlines() == [f"apart-hf {command}: error: {line}" for command in ("train", "reproduce")]
     assert line == (
         "training needs a POSIX system (Linux, macOS, WSL), which Windows is not; create_strategy in a loop of your "
         "own and load_pretrained need none."
