@@ -96,13 +96,16 @@ def on_one_core(monkeypatch):
 
 @pytest.fixture
 def drawn():
-    """Runs draw their curves. Elsewhere they write a file of that name, which takes less than half a second."""
+    """Runs draw their curves, and the pictures of their last evaluation; elsewhere they are spared these seconds."""
 
 
 @pytest.fixture(autouse=True)
 def without_curves(request, monkeypatch):
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("apart_hf.runs.folder.plot_training", lambda epochs, path, title: path.write_bytes(b""))
+        monkeypatch.setattr("apart_hf.runs.folder.plot_training", lambda history, path, title: path.write_bytes(b""))
+        monkeypatch.setattr(
+            "apart_hf.runs.closer_look.draw", lambda run, *_: (run.folder.path / "plots/confusion.png").write_bytes(b"")
+        )
 
 
 @pytest.fixture

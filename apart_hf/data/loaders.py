@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from apart_hf.data.dataset_map import TransformedImages
 from apart_hf.data.dataset_memory import InMemoryImages, OtherSize, decode, fits_in_memory
 from apart_hf.data.dataset_stream import StreamedImages
+from apart_hf.data.decoding import IGNORED
 from apart_hf.data.loading import ImageData
 from apart_hf.data.repeated import RepeatedImages
 from apart_hf.data.settings import CHANNELS, LoaderSettings
@@ -170,8 +171,10 @@ class Loaders:
             progress=f"decoding split {split.name}",
         )
         labels, skipped = split.labels(), int((~good).sum())
-        if skipped:
-            decoded, labels = decoded[good], labels[good.numpy()]
+        if training:
+            decoded, labels = (decoded[good], labels[good.numpy()]) if skipped else (decoded, labels)
+        else:
+            labels = np.where(good.numpy(), labels, IGNORED)  # so that the others keep their places
         if training and not self.accelerator.is_main_process:
             skipped = 0  # every process decodes all of them, and one reports
         return InMemoryImages(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from apart_hf.utils.plotting import plain, styles
+from apart_hf.utils.plotting import plain, save, styles
 
 if TYPE_CHECKING:
     from apart_hf.paper.results import Difference
@@ -35,7 +35,7 @@ def plot_attack(rows: Rows, path: Path, title: str) -> None:
     axes.set_title(plain(f"{rows[0]['model']}\n{title}"), fontsize=10, wrap=True)
     axes.set(xlabel="perturbation radius ε (share of batch mean and scale)", ylabel="training accuracy (%)")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def plot_robustness(rows: Rows, path: Path, title: str) -> None:
@@ -55,7 +55,7 @@ def plot_robustness(rows: Rows, path: Path, title: str) -> None:
         axes.tick_params(labelleft=True)
     panels[0].set(ylabel="test accuracy (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _draw(axes: Axes, rows: Rows, name_of: Callable[[dict[str, Any]], str]) -> None:
@@ -106,4 +106,4 @@ def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: st
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    save(figure, path)

@@ -17,6 +17,7 @@ from apart_hf.data import Split
 from apart_hf.hub.export import copy_folder, export_folder, write_class_map
 from apart_hf.hub.model_folder import CLASS_MAP, update_record
 from apart_hf.hub.training_record import Claim, TrainingRecord
+from apart_hf.runs.closer_look import forget
 from apart_hf.runs.history import History
 from apart_hf.runs.report import plot_training
 from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation
@@ -58,6 +59,7 @@ class RunFolder:
         with writing(self.path):
             for name in ("metrics.jsonl", "test.json"):
                 (self.path / name).unlink(missing_ok=True)
+            forget(self.path)
             self._write_settings()
             write_class_map(self.path / "checkpoints" / CLASS_MAP, self.class_names)  # for a run that is resumed
             (self.path / "plots").mkdir(exist_ok=True)
@@ -75,6 +77,7 @@ class RunFolder:
             self._write_settings()
             if not done:
                 (self.path / "test.json").unlink(missing_ok=True)
+                forget(self.path)
             return (self.path / "test.json").exists()
 
     def _write_settings(self) -> None:
@@ -101,10 +104,14 @@ class RunFolder:
             if last or (metrics.evaluation is not None and time.monotonic() - self._plotted > PLOT_SECONDS):
                 self._plot(history)
 
+    def split_name(self, split: Split) -> str:
+        """Name a split that is evaluated, in words where it is a part of another."""
+        is_part = split is self.split and self.config.val_fraction is not None
+        return split.name + (f" ({self.config.val_fraction:g} of it, for validation)" if is_part else "")
+
     def _export(self, metrics: EpochMetrics, evaluation: Evaluation, network: nn.Module) -> None:
         config = self.config
-        part = "" if config.val_fraction is None else f" ({config.val_fraction:g} of it, for validation)"
-        claim = claim_of(evaluation, metrics.epoch, self.split, self.split.name + part)
+        claim = claim_of(evaluation, metrics.epoch, self.split, self.split_name(self.split))
         export_folder(
             network,
             self.path / "last",
@@ -117,7 +124,7 @@ class RunFolder:
 
     def _plot(self, history: History) -> None:
         title = f"{self.config.model}, {self.config.method}, {self.config.dataset_name}"
-        plot_training(history.epochs, self.path / "plots" / "training.png", title)
+        plot_training(history, self.path / "plots" / "training.png", title)
         gc.collect()  # a figure is a cycle of references, of 3 MB
         self._plotted = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -9,8 +10,9 @@ from matplotlib.ticker import MaxNLocator
 
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import DATASETS, ImageData, registered
+from apart_hf.runs.history import History
 from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation
-from apart_hf.utils.plotting import plain
+from apart_hf.utils.plotting import plain, save
 
 
 def describe_data(config: TrainConfig, data: ImageData, input_size: tuple[int, int, int], loader: str) -> list[str]:
@@ -80,27 +82,41 @@ def describe_test(split: str, name: str, epoch: int, evaluation: Evaluation) -> 
     )
 
 
-def plot_training(epochs: list[EpochMetrics], path: Path, title: str) -> None:
-    """Draw loss and top-1 accuracy by epoch, of training and evaluation, as PNG.
+def plot_training(history: History, path: Path, title: str) -> None:
+    """Draw loss, top-1 accuracy and learning rate by epoch as PNG, and mark the best epoch.
 
     Args:
-        epochs: one of them with an evaluation.
+        history: of a run; one epoch of it was evaluated.
         path: the file to write.
         title: of the figure.
     """
-    measured = [metrics.as_line() for metrics in epochs]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    measured = [metrics.as_line() for metrics in history.epochs]
+    figure = Figure(figsize=(12.5, 3.6), layout="constrained")
     figure.suptitle(plain(title))
     panels = [
         ("loss", [("training", "train_loss", "--o"), ("evaluation", "eval_loss", "-s")]),
         ("top-1 accuracy (%)", [("training", "train_top1", "--o"), ("evaluation", "top1", "-s")]),
+        ("learning rate", [("at the end of the epoch", "lr", "-^")]),
     ]
-    for axes, (label, lines) in zip(figure.subplots(1, 2), panels):
+    best = history.best()
+    for axes, (label, lines) in zip(figure.subplots(1, 3), panels):
         for name, key, style in lines:
             points = [(line["epoch"], line[key]) for line in measured if key in line]
             axes.plot(*zip(*points), style, label=name, markevery=max(1, len(points) // 12))
+        if best is not None:
+            named = f"best by {history.metric}: epoch {best.epoch}"
+            axes.axvline(best.epoch, color="0.4", linestyle=":", label=named)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+    if _falls_in_steps([line["lr"] for line in measured]):
+        axes.set_yscale("log")
+    for axes in figure.axes:
+        axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def _falls_in_steps(rates: list[float]) -> bool:
+    """Tell whether learning rates mostly stay from epoch to epoch, and fall far: then steps are factors."""
+    stays = sum(one == other for one, other in itertools.pairwise(rates))
+    return min(rates) > 0 and max(rates) >= 10 * min(rates) and 2 * stays >= len(rates) - 1

@@ -18,6 +18,7 @@ from apart_hf.hub.publish import push
 from apart_hf.models import is_registered_here
 from apart_hf.runs.checkpoint_state import CheckpointState
 from apart_hf.runs.checkpoints import Checkpoints
+from apart_hf.runs.closer_look import look_closer
 from apart_hf.runs.failures import explained
 from apart_hf.runs.folder import RunFolder
 from apart_hf.runs.history import History
@@ -113,6 +114,8 @@ class Run:
         if self.accelerator.is_main_process:
             network = self.accelerator.unwrap_model(self.trainer.evaluated, keep_torch_compile=False)
             self.folder.add(self.history, network, last=last)
+            if last and self.data.test is None:
+                look_closer(self, self.data.val, self.trainer.val_loader, self.history.latest_evaluation)
 
     def save(self) -> None:
         """Write a checkpoint; where that fails, say so and go on."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from apart_hf.training.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -13,15 +15,17 @@ class Evaluation:
         eval_loss: mean cross-entropy.
         top1, top5: accuracy in per cent.
         eval_skipped: images that could not be decoded and were left out; None: such are an error.
+        predictions: that it is of; None: they were not kept.
     """
 
     eval_loss: float
     top1: float
     top5: float
     eval_skipped: int | None = None
+    predictions: Predictions | None = field(default=None, repr=False, compare=False)
 
     def as_line(self) -> dict[str, float]:
-        """Return the values by name, without what was not counted."""
+        """Return the numbers by name, without what was not counted."""
         line = {"eval_loss": self.eval_loss, "top1": self.top1, "top5": self.top5}
         return line if self.eval_skipped is None else line | {"eval_skipped": self.eval_skipped}
 

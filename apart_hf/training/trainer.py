@@ -17,6 +17,7 @@ from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation, TrainedEpo
 from apart_hf.training.evaluation import evaluate
 from apart_hf.training.loader_reports import count_skipped, say_warning
 from apart_hf.training.nonfinite import Guard
+from apart_hf.training.predictions import SHOWN
 from apart_hf.training.progress import EpochReport, Progress, learning_rate
 from apart_hf.training.random_state import random_state, set_random_state
 from apart_hf.training.state import ProcessState, TrainerState
@@ -100,7 +101,7 @@ class Trainer:
             progress.end_epoch()
             last, evaluation = progress.is_done(epochs, max_steps), None
             if last or progress.epoch % self.val_interval == 0:
-                evaluation = self.evaluate(self.val_loader)
+                evaluation = self.evaluate(self.val_loader, SHOWN if last else 0)
                 self.guard.check_evaluation(progress.steps, evaluation.eval_loss)
             yield EpochMetrics(
                 progress.epoch,
@@ -249,7 +250,7 @@ class Trainer:
         set_random_state(own.random)
 
     @torch.no_grad()
-    def evaluate(self, loader: Iterable) -> Evaluation:
-        """Measure `evaluated`: loss and accuracy, with the number of images that were left out where that may be."""
-        found = evaluate(with_first_buffers(self.accelerator, self.evaluated), loader, self.accelerator)
+    def evaluate(self, loader: Iterable, mistakes: int = 0) -> Evaluation:
+        """Measure `evaluated`, see `evaluate`; count the images that were left out where that may be."""
+        found = evaluate(with_first_buffers(self.accelerator, self.evaluated), loader, self.accelerator, mistakes)
         return replace(found, eval_skipped=count_skipped(self.accelerator, loader)) if self.skip_bad else found

@@ -114,7 +114,7 @@ def until(run, step):
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("step", [4, EPOCH_STEPS, 12])
+@pytest.mark.parametrize("step", [EPOCH_STEPS, 12])
 def test_a_resumed_run_goes_on_in_the_same_curves(step, little, tmp_path, steps):
     more = {"method": "apart", "groups": 2, "log_interval": 2, "report_to": ["tensorboard"], "drop": 0.1}
     run = train(settings(little, tmp_path, **more))

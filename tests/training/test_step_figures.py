@@ -12,18 +12,21 @@ from apart_hf.training.step_figures import StepFigures
 from apart_hf.training.trainer import Trainer
 from tests.reference import reference_step
 from tests.support.helpers import assert_same, batch, build
+from tests.support.ranks import RANKS, on_two_ranks, start_rank
 
 HYPER = {"apart": {"groups": 2}, "apart-sam": {"groups": 2, "rho": 0.2}, "sam": {"rho": 0.1}}
 LR, ROWS, SIZE = 1e-4, 48, 8
 
 
-def told(method, *, interval, accumulated=1, epochs=1, every=1, hyper=None, lr=LR, model=None, **more):
-    """(steps and their figures, the trainer), over six batches an epoch."""
+def told(method, *, interval, accumulated=1, epochs=1, every=1, hyper=None, lr=LR, model=None, own=None, **more):
+    """(steps and their figures, the trainer), over six batches an epoch, or those of this process's `own` rows."""
     model = model or build("test_byobnet")
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
-    images, labels = batch(ROWS)
+    images, labels = (part if own is None else part[own] for part in batch(ROWS))
     loader = torch.utils.data.DataLoader(list(zip(images, labels.tolist())), batch_size=SIZE)
-    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=lr), loader)
+    if own is None:
+        loader = accelerator.prepare(loader)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=lr))
     hyper = HYPER.get(method, {}) if hyper is None else hyper
     strategy = create_strategy(method, model, accelerator=accelerator, every=every, **hyper)
     one = Trainer(
@@ -177,3 +180,35 @@ def test_devices_are_asked_when_it_is_due_alone(monkeypatch):
     found, _ = told("apart", interval=1)
     assert [step for step, _ in found] == [5]
     assert len(asked) == 2  # and once at the end of the epoch
+
+
+def rank(number, folder):
+    """Each process has half of the images of a batch."""
+    start_rank(number, folder)
+    own = [row for row in range(ROWS) if row % (RANKS * SIZE) // SIZE == number]
+    torch.save(told("apart", interval=1, own=own)[0], folder / f"{number}.pt")
+
+
+@pytest.mark.process
+def test_processes_join_their_figures(tmp_path):
+    """The oracle of both: their mean loss and the norm of the mean gradient; what they attack by is one."""
+    one, other = on_two_ranks(rank, tmp_path)
+    assert one == other and [step for step, _ in one] == [1, 2, 3]
+    model, (images, labels) = build("test_byobnet"), (part[: RANKS * SIZE] for part in batch(ROWS))
+    losses = []
+
+    def criterion(output, targets):
+        losses.append((len(targets), cross_entropy(output, targets)))
+        return losses[-1][1]
+
+    gradients, _, deltas = reference_step(model, images, labels, criterion, "apart", ranks=RANKS, **HYPER["apart"])
+    clean = [loss.item() for size, loss in losses if size == SIZE]
+    perturbed = [loss.item() for size, loss in losses if size < SIZE]
+    assert len(clean) == RANKS and len(perturbed) == RANKS * 2
+    _, figures = one[0]
+    assert figures["train/loss"] == pytest.approx(sum(clean) / RANKS, rel=1e-6)
+    assert figures["train/perturbed_loss"] == pytest.approx(sum(perturbed) / len(perturbed), rel=1e-6)
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
+    assert figures["train/grad_norm"] == pytest.approx(norm, rel=1e-6)
+    zeros = torch.cat([part.flatten() for pair in deltas.values() for part in pair]) == 0
+    assert figures["train/zero_deltas"] == pytest.approx(zeros.double().mean().item())
