@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from apart_hf.errors import ApartError
+from apart_hf.hub.by_class import PICTURE, shown_by_class
 from apart_hf.hub.model_folder import CLASS_MAP, Exported, model_cards_folder, weights_folder
 from apart_hf.hub.training_record import Claim, TrainingRecord
 from apart_hf.models import is_registered_here
@@ -22,7 +23,7 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
     """Make the card of a run or of a folder in timm's form.
 
     Args:
-        folder: metrics.jsonl and plots/training.png in it are used where they are.
+        folder: metrics.jsonl and plots/ in it are used where they are.
         repo_id: the name it gets on the Hub, user/name.
         previous: the text of an earlier card; what was not written by us is kept.
 
@@ -57,6 +58,8 @@ def make_card(folder: Path, repo_id: str, *, previous: str | None = None) -> Mod
         has_class_map=(weights_folder(folder) / CLASS_MAP).is_file(),
         timm_reader=data_record.timm_reader,
         has_plot=model.has_plot,
+        by_class=shown_by_class(folder, model.results),
+        has_confusion=(folder / PICTURE).is_file(),
         settings=_settings(training),
         classes=model.config["num_classes"],
         versions=", ".join(f"{name} {number}" for name, number in training.versions.items()),

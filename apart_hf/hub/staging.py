@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apart_hf.errors import ApartError
+from apart_hf.hub.by_class import NUMBERS, PICTURE
 from apart_hf.hub.card import comparison, make_card
 from apart_hf.hub.export import probe
 from apart_hf.hub.model_folder import (
@@ -31,7 +32,7 @@ from apart_hf.models import is_registered_here
 
 CARD = "README.md"
 MODEL = (WEIGHTS, CONFIG, CLASS_MAP)
-PUBLISHED = (*MODEL, CARD, "metrics.jsonl", "compared_with.jsonl", "test.json", "plots/training.png")
+PUBLISHED = (*MODEL, CARD, "metrics.jsonl", "compared_with.jsonl", "test.json", "plots/training.png", NUMBERS, PICTURE)
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ def stage(folder: Path, repo_id: str, options: PushOptions = PushOptions(), prev
     if staged != folder:
         for name in PUBLISHED:
             source = weights / name if name in MODEL else folder / name
-            if name != CARD and source.exists():
-                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == CARD:
+                continue
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).unlink(missing_ok=True)  # the run may have gone on since
+            if source.exists():
                 shutil.copyfile(source, staged / name)
     if options.license is not None:
         config = json.loads((staged / CONFIG).read_text())

@@ -14,7 +14,7 @@ from apart_hf.cli.push_to_hub import main as push_command
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.hub.card import FIRST, LAST
 from apart_hf.hub.publish import push
-from apart_hf.hub.staging import PushOptions, stage
+from apart_hf.hub.staging import PushOptions, published_files, stage
 from apart_hf.runs.train import train
 from tests.support.helpers import PUSHED, REPO, arrived, demo_rows
 
@@ -134,6 +134,48 @@ def test_comparison_with_another_run(folder, tmp_path):
     (other / "last/config.json").write_text(json.dumps(config))
     with pytest.raises(ApartError, match="are of the networks 'test_resnet' and 'resnet18'"):
         stage(folder, REPO, PushOptions(compare_with=other))
+
+
+def by_class(folder):
+    """The rows of the card's table, the card, and what is published of the plots."""
+    staged = stage(folder, REPO)
+    text = (staged / "README.md").read_text()
+    table = re.search(r"^\| class \| images \| top-1 \(%\) \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", text, re.M)
+    return (
+        table and table[1].splitlines(),
+        text,
+        {name for name in published_files(staged) if name.startswith("plots/")},
+    )
+
+
+def test_the_card_has_accuracy_by_class_where_there_are_few(folder):
+    written = json.loads((folder / "plots/classes.json").read_text())
+    rows, text, plots = by_class(folder)
+    want = [(one["class"], one["images"], one["accuracy"]) for one in written["classes"]]
+    assert len(want) == 10 and sum(images for _, images, _ in want) == 60
+    assert rows == [f"| {name} | {images} | {'' if top1 is None else f'{top1:.2f}'} |" for name, images, top1 in want]
+    assert "](plots/confusion.png)" in text
+    assert plots == {"plots/training.png", "plots/classes.json", "plots/confusion.png"}
+    written["classes"][0] |= {"class": "a | b\n\\c", "accuracy": None}
+    (folder / "plots/classes.json").write_text(json.dumps(written))
+    assert by_class(folder)[0][0] == f"| a \\| b \\\\c | {want[0][1]} |  |"
+
+
+@pytest.mark.parametrize("change", [{"epoch": 1}, {"split": "other"}, {"images": 59}, {"classes": []}, {"classes": 3}])
+def test_numbers_of_other_weights_are_not_on_the_card(change, folder):
+    written = json.loads((folder / "plots/classes.json").read_text())
+    (folder / "plots/classes.json").write_text(json.dumps(written | change))
+    rows, text, _ = by_class(folder)
+    assert rows is None and "By class" not in text
+
+
+def test_many_classes_are_not_on_the_card_and_what_has_gone_is_not_published(folder):
+    by_class(folder)
+    written = json.loads((folder / "plots/classes.json").read_text())
+    (folder / "plots/classes.json").write_text(json.dumps(written | {"classes": 3 * written["classes"]}))
+    assert by_class(folder)[0] is None
+    (folder / "plots/confusion.png").unlink()
+    assert by_class(folder)[2] == {"plots/training.png", "plots/classes.json"}
 
 
 def test_a_dry_run_reaches_nobody(folder, capsys):

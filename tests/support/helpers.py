@@ -174,7 +174,8 @@ def snapshot(model):
 
 
 # what a pushed run consists of, and its name in the tests
-PUSHED = {"model.safetensors", "config.json", "class_map.txt", "README.md", "metrics.jsonl", "plots/training.png"}
+PUSHED = {"model.safetensors", "config.json", "class_map.txt", "README.md", "metrics.jsonl"}
+PUSHED |= {"plots/training.png", "plots/classes.json", "plots/confusion.png"}
 REPO = "user/demo-test_resnet-apart"
 
 
