@@ -1,7 +1,6 @@
 """timm's task with our one line: as its own loop drives it, and, where its path is given, in timm's own script."""
 
 import copy
-import functools
 import os
 import subprocess
 import sys
@@ -19,20 +18,11 @@ from torch.nn.functional import cross_entropy
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.timm import apart
 from tests.support.helpers import ROOT, assert_same, batch, build, demo_rows, gradients, snapshot
-
-HYPER = {
-    "standard": {},
-    "apart": {"groups": 2},
-    "sam": {"rho": 0.1},
-    "apart-sam": {"groups": 2, "rho": 0.2},
-    "random-bn": {"groups": 2},
-}
-CASES = [(method, ratio) for method in HYPER for ratio in (1, 0.5) if ratio == 1 or HYPER[method].get("groups")]
+from tests.support.loops import CASES, HYPER, by_strategy, hyper_of
 
 
 def options_of(method, ratio):
-    options = {"generator": torch.Generator().manual_seed(3)} | HYPER[method]
-    return options | ({} if ratio == 1 else {"ratio": ratio})
+    return {"generator": torch.Generator().manual_seed(3)} | hyper_of(method, ratio)
 
 
 def task_of(model, criterion=None):
@@ -66,16 +56,8 @@ def train(task, parts, dtype=torch.float32, accumulated=1, clip=None, scaler=Non
     return losses
 
 
-def trained_by_strategy(model, method, options, parts, dtype):
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)  # noqa: E731
-    strategy = create_strategy(method, model, autocast=autocast, **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for x, y in parts:
-        losses.append(strategy.accumulate_gradients(x, y, torch.nn.CrossEntropyLoss())[0].item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
+def own_loss(model):
+    return lambda part: cross_entropy(model(part[0]), part[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -85,7 +67,8 @@ def test_bit_equal_to_the_strategy_in_a_plain_loop(method, ratio, dtype):
     model, plain = (build("small", dtype=torch.float32) for _ in range(2))
     task = apart(task_of(model), method, **options_of(method, ratio))
     losses = train(task, parts, dtype)
-    assert losses == trained_by_strategy(plain, method, options_of(method, ratio), parts, dtype)
+    mixed = dtype == torch.bfloat16
+    assert losses == by_strategy(plain, method, parts, own_loss(plain), bfloat16=mixed, **options_of(method, ratio))
     assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
 
 
@@ -110,10 +93,6 @@ def test_standard_is_the_task_unpatched(more):
     assert_same(*found, tolerance=0)
 
 
-def backward_of_share(loss, count):
-    (loss / count).backward()
-
-
 @pytest.mark.parametrize("method", HYPER)
 def test_accumulation_with_a_rest(method):
     """Five batches, two or three a step, in float64, scaled: within 1e-14 of the strategy in a plain loop."""
@@ -122,15 +101,7 @@ def test_accumulation_with_a_rest(method):
         model, plain = build("small"), build("small")
         task = apart(task_of(model), method, **options_of(method, 1))
         train(task, parts, accumulated=accumulated, scaler=NativeScaler("cpu"))
-        strategy = create_strategy(method, plain, **options_of(method, 1))
-        optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
-        for start in range(0, 5, accumulated):
-            step = parts[start : start + accumulated]
-            share = functools.partial(backward_of_share, count=len(step))
-            for x, y in step:
-                strategy.accumulate_gradients(x, y, cross_entropy, backward=share)
-            optimizer.step()
-            optimizer.zero_grad()
+        by_strategy(plain, method, parts, own_loss(plain), accumulated=accumulated, **options_of(method, 1))
         assert_same(model.state_dict(), plain.state_dict(), tolerance=2e-14)
 
 
