@@ -31,11 +31,11 @@ def test_a_signal_to_the_whole_group(name, little, tmp_path):
 
 
 def main_that_loads_for_a_minute(arguments):
-    def load_image_data(settings):
+    def load(settings, config):
         print("loading", flush=True)
         time.sleep(60)
 
-    prepare.load_image_data = load_image_data
+    prepare.load_in_recorded_order = load
     main(arguments)
 
 
