@@ -31,11 +31,11 @@ def test_a_signal_to_the_whole_group(name, little, tmp_path):
 
 
 def main_that_loads_for_a_minute(arguments):
-    def load(settings, config):
+    def load_image_data(settings):
         print("loading", flush=True)
         time.sleep(60)
 
-    prepare.load_in_recorded_order = load
+    prepare.load_image_data = load_image_data
     main(arguments)
 
 
