@@ -9,57 +9,75 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from apart_hf.batchnorm import kernels
+from apart_hf.batchnorm.affine import Affine, LayerParameters, affine_of
 from apart_hf.batchnorm.layouts import ONE_GROUP, Grouping
+from apart_hf.batchnorm.normalised import MeanAndVariance, Statistics
 
 
-def _scale(gamma: Tensor, delta_sigma: Tensor) -> Tensor:
-    return (gamma * (1 + delta_sigma)).to(gamma.dtype)  # the kernels want the dtype of beta
+class _ShiftedBatchNorm(torch.autograd.Function):
+    """Computes weight * x_hat + bias + shift * mu/sigma by batch-norm kernels.
 
-
-class _PerturbedBatchNorm(torch.autograd.Function):
-    """Computes Eq. 3 by batch-norm kernels; see `perturbed_batch_norm` for the symbols.
-
-    With w = gamma (1 + delta_sigma), the output is w x_hat + beta - w delta_mu (mu/sigma). The last term is constant
-    over a channel of a group, so neither pass of the backward touches an activation beyond what BN itself does.
+    The last term is constant over a channel of a group, so neither pass of the backward touches an activation beyond
+    what BN itself does.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        delta_mu: Tensor,
-        delta_sigma: Tensor,
-        buffers: kernels.MeanAndVariance | None,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor,
+        buffers: MeanAndVariance | None,
         momentum: float,
         eps: float,
         grouping: Grouping,
         sync: ProcessGroup | None,
         shifted: bool,
     ) -> Tensor:
-        weight = _scale(gamma, delta_sigma) if shifted else gamma
-        out, mu, inv_sigma, count = kernels.forward(
-            x, weight, beta, weight * delta_mu if shifted else None, buffers, momentum, eps, grouping, sync
-        )
-        ctx.save_for_backward(x, gamma, delta_mu, delta_sigma, mu, inv_sigma, count)
-        ctx.eps, ctx.grouping, ctx.sync, ctx.shifted = eps, grouping, sync, shifted
+        affine = Affine(weight, bias, shift)
+        out, saved = kernels.forward(x, affine, buffers, momentum, eps, grouping, sync, shifted)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.eps, ctx.grouping, ctx.sync = eps, grouping, sync
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, delta_mu, delta_sigma, mu, inv_sigma, count = ctx.saved_tensors
-        weight = _scale(gamma, delta_sigma) if ctx.shifted else gamma
-        grad_x, grad_w, grad_b = kernels.backward(
-            grad_out, x, weight, mu, inv_sigma, count, ctx.eps, ctx.grouping, ctx.sync, ctx.needs_input_grad[0]
+        x, weight, *statistics = ctx.saved_tensors
+        saved = Statistics(*statistics)
+        grad_x, grad_weight, grad_bias = kernels.backward(
+            grad_out, x, weight, saved, ctx.eps, ctx.grouping, ctx.sync, ctx.needs_input_grad[0]
         )
-        grad_shift = -((mu * inv_sigma).view(ctx.grouping.groups, -1) * grad_b).sum(0)  # dL/d(w delta_mu)
-        grad_w, grad_b = grad_w.sum(0), grad_b.sum(0)
-        if ctx.shifted:
-            grad_w = grad_w + delta_mu * grad_shift
-        grad_gamma = grad_w * (1 + delta_sigma) if ctx.shifted else grad_w
-        return (grad_x, grad_gamma, grad_b, weight * grad_shift, gamma * grad_w, *[None] * 6)
+        grad_shift = None
+        if ctx.needs_input_grad[3]:
+            ratio = saved.mu * saved.inv_sigma if saved.ratio is None else saved.ratio
+            grad_shift = ratio * grad_bias
+        return (grad_x, grad_weight, grad_bias, grad_shift, *[None] * 6)
+
+
+def shifted_batch_norm(
+    x: Tensor,
+    affine: Affine,
+    *,
+    eps: float,
+    buffers: tuple[Tensor, Tensor] | None = None,
+    momentum: float = 0.0,
+    grouping: Grouping = ONE_GROUP,
+    sync: ProcessGroup | None = None,
+    shifted: bool = True,
+) -> Tensor:
+    """Normalise a batch, and scale and shift it: `perturbed_batch_norm` for an affine part that was computed before.
+
+    Args:
+        x: (N * grouping.rows, C, ...) activations.
+        affine: its vectors are (grouping.groups * C,) each, differentiable.
+        eps, buffers, momentum, grouping, sync, shifted: see `perturbed_batch_norm`.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format.
+    """
+    return _ShiftedBatchNorm.apply(x, *affine, buffers, momentum, eps, grouping, sync, shifted)
 
 
 def perturbed_batch_norm(
@@ -98,6 +116,7 @@ def perturbed_batch_norm(
     Returns:
         A tensor of x's shape, dtype and memory format.
     """
-    return _PerturbedBatchNorm.apply(
-        x, gamma, beta, delta_mu, delta_sigma, buffers, momentum, eps, grouping, sync, shifted
+    affine = affine_of(LayerParameters(gamma, beta, delta_mu, delta_sigma), grouping.groups)
+    return shifted_batch_norm(
+        x, affine, eps=eps, buffers=buffers, momentum=momentum, grouping=grouping, sync=sync, shifted=shifted
     )

@@ -43,8 +43,8 @@ def fold_groups(x: Tensor, grouping: Grouping) -> Tensor:
     return x.reshape(length // groups, groups * channels, *space)
 
 
-def unfold_groups(x: Tensor, like: Tensor, grouping: Grouping) -> Tensor:
-    """Undo `fold_groups`, in the memory format of `like`."""
+def unfold_groups(x: Tensor, like: Tensor, grouping: Grouping, *, gradient: bool = False) -> Tensor:
+    """Undo `fold_groups`, in the memory format of `like`. A gradient may be a view, which costs nothing."""
     groups, rows, blocks = grouping
     if groups == 1:
         return x
@@ -53,15 +53,24 @@ def unfold_groups(x: Tensor, like: Tensor, grouping: Grouping) -> Tensor:
         x = x.reshape(-1, groups, channels, *space).transpose(0, 1)
     elif rows > 1:
         x = x.reshape(-1, rows, groups, channels, *space).transpose(1, 2)
-    # not a view: an in-place activation may follow, which autograd forbids on views made inside a Function
-    out = torch.ops.aten._unsafe_view(x.reshape(like.shape), like.shape)
+    out = x.reshape(like.shape) if gradient else _no_view(x.reshape(like.shape))
     if is_channels_last(like):
         out = out.contiguous(memory_format=torch.channels_last)
     return out
 
 
+def _no_view(x: Tensor) -> Tensor:
+    """Return x as no view: an in-place activation may follow, which autograd forbids on views made in a Function."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
+
+
 def channels_innermost(x: Tensor) -> bool:
     return is_channels_last(x) or (x.dim() == 2 and x.is_contiguous())
+
+
+def has_runs(x: Tensor, grouping: Grouping) -> bool:
+    """Tell whether groups are runs of samples in x, of which the framework's kernels would need a copy."""
+    return grouping.blocks and grouping.groups > 1 and channels_innermost(x)
 
 
 class Layout:
@@ -82,8 +91,9 @@ class Layout:
             return x.movedim(1, -1).reshape(self.vector[0], -1, self.vector[2])
         return fold_groups(x, self.grouping)
 
-    def back(self, y: Tensor, like: Tensor) -> Tensor:
+    def back(self, y: Tensor, like: Tensor, *, gradient: bool = False) -> Tensor:
         if not self.innermost:
-            return unfold_groups(y, like, self.grouping)
+            return unfold_groups(y, like, self.grouping, gradient=gradient)
         length, channels, *space = like.shape
-        return torch.ops.aten._unsafe_view(y.view(length, *space, channels).movedim(-1, 1), like.shape)
+        out = y.view(length, *space, channels).movedim(-1, 1)
+        return out if gradient else _no_view(out)

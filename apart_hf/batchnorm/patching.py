@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf.batchnorm.functional import perturbed_batch_norm
+from apart_hf.batchnorm.affine import Affine, LayerParameters, affine_of, affine_of_all
+from apart_hf.batchnorm.functional import shifted_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
 from apart_hf.errors import ApartError
 
@@ -71,13 +74,41 @@ def _shown(name: str) -> str:
     return repr(name)
 
 
-def _running_statistics(layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None, float]:
+@dataclass
+class Shared:
+    """Holds what all layers of a pass share, so that it is done for all of them at once.
+
+    One object is for all passes of a strategy: torch.compile would compile anew for a fresh one.
+
+    Args:
+        affine: of each layer, by name; of those that are not here, each layer computes it.
+        ran: counters of batches, and how often their layers ran since they were last advanced.
+        eps: the machine epsilon of the 16-bit activations seen so far, 0 for none.
+    """
+
+    affine: Mapping[str, Affine] = field(default_factory=dict)
+    ran: Counter[Tensor] = field(default_factory=Counter)
+    eps: float = 0.0
+
+    def end(self) -> None:
+        """Count the batches of all layers that ran, and forget the pass."""
+        for times in set(self.ran.values()):
+            torch._foreach_add_([counter for counter, ran in self.ran.items() if ran == times], times)
+        self.ran.clear()
+        self.affine, self.eps = {}, 0.0
+
+
+def _running_statistics(layer: _BatchNorm, shared: Shared) -> tuple[tuple[Tensor, Tensor] | None, float]:
     """Return the buffers to update and their momentum, and count the batch, as `_BatchNorm.forward` does."""
     momentum = 0.0 if layer.momentum is None else layer.momentum
     if layer.track_running_stats and layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
         if layer.momentum is None:  # cumulative average
+            layer.num_batches_tracked.add_(1)
             momentum = 1.0 / float(layer.num_batches_tracked)
+        elif torch.compiler.is_compiling():
+            layer.num_batches_tracked.add_(1)
+        else:
+            shared.ran[layer.num_batches_tracked] += 1
     if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
         return None, momentum
     return (layer.running_mean, layer.running_var), momentum
@@ -107,12 +138,24 @@ def _rows_per_sample(name: str, x: Tensor, samples: int, groups: int, processes:
     return rows
 
 
-def _affine(layer: _BatchNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _parameters(layer: _BatchNorm, deltas: tuple[Tensor, Tensor]) -> LayerParameters:
     if layer.affine:
-        return layer.weight, layer.bias
-    if layer.running_mean is not None:
-        dtype = layer.running_mean.dtype
-    return x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+        return LayerParameters(layer.weight, layer.bias, *deltas)
+    like = deltas[0] if layer.running_mean is None else layer.running_mean
+    ones = torch.ones(layer.num_features, dtype=like.dtype, device=deltas[0].device)
+    return LayerParameters(ones, torch.zeros_like(ones), *deltas)
+
+
+def _mark(activation_eps: Tensor, dtype: torch.dtype, shared: Shared) -> None:
+    """Leave the machine epsilon of 16-bit activations where the attack finds it."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    eps = torch.finfo(dtype).eps
+    if torch.compiler.is_compiling():
+        activation_eps.fill_(eps)
+    elif eps > shared.eps:
+        activation_eps.fill_(eps)
+        shared.eps = eps
 
 
 def _forward(
@@ -120,27 +163,26 @@ def _forward(
     *,
     layer: _BatchNorm,
     name: str,
-    delta_mu: Tensor,
-    delta_sigma: Tensor,
+    deltas: tuple[Tensor, Tensor],
+    shared: Shared,
     samples: int,
     groups: int,
     blocks: bool,
     perturbed: bool,
     activation_eps: Tensor | None,
 ) -> Tensor:
-    if activation_eps is not None and x.dtype in (torch.float16, torch.bfloat16):
-        activation_eps.fill_(torch.finfo(x.dtype).eps)
+    if activation_eps is not None:
+        _mark(activation_eps, x.dtype, shared)
     layer._check_input_dim(x)
     sync = _synchronised(layer)
     rows = _rows_per_sample(name, x, samples, groups, dist.get_world_size(sync) if sync else 1)
-    gamma, beta = _affine(layer, x, delta_mu.dtype)
-    buffers, momentum = (None, 0.0) if perturbed else _running_statistics(layer)
-    out = perturbed_batch_norm(
+    # a compiler fuses what each layer computes, and would compile anew for the fresh tensors of all
+    is_shared = not torch.compiler.is_compiling() and name in shared.affine
+    affine = shared.affine[name] if is_shared else affine_of(_parameters(layer, deltas), groups)
+    buffers, momentum = (None, 0.0) if perturbed else _running_statistics(layer, shared)
+    out = shifted_batch_norm(
         x,
-        gamma,
-        beta,
-        delta_mu,
-        delta_sigma,
+        affine,
         eps=layer.eps,
         buffers=buffers,
         momentum=momentum,
@@ -160,6 +202,8 @@ def replaced_forwards(
     groups: int = 1,
     blocks: bool = False,
     perturbed: bool,
+    together: bool = True,
+    shared: Shared | None = None,
     activation_eps: Tensor | None = None,
 ) -> Iterator[None]:
     """Let each layer compute `perturbed_batch_norm` with its (delta_mu, delta_sigma) from `deltas`, within the block.
@@ -170,6 +214,11 @@ def replaced_forwards(
     layer's `__dict__` is what it was. `activation_eps`, a scalar, is set to the machine epsilon of float16 or bfloat16
     where a layer sees such activations.
 
+    With `together`, what is per channel is computed for all layers as the block begins, from the weights at that
+    moment, and their gradients as the backward ends. Without it each layer does so by itself: gradients of gamma and
+    beta are there as soon as its backward was, which lets DDP reduce them while the backward goes on. `shared` is to be
+    one object for all passes where the model may be compiled.
+
     Raises:
         ApartError: where a layer's forward is replaced already.
     """
@@ -179,15 +228,18 @@ def replaced_forwards(
                 f"BatchNorm layer {_shown(name)} already has its forward replaced on the instance (a hook, an "
                 "offloading wrapper, or a pass of another strategy that is still open); remove that first."
             )
+    shared = Shared() if shared is None else shared
+    if together:
+        parameters = {name: _parameters(layer, deltas[name]) for name, layer in layers.items()}
+        shared.affine = affine_of_all(parameters, groups, shifted=perturbed)
     try:
         for name, layer in layers.items():
-            delta_mu, delta_sigma = deltas[name]
             layer.__dict__["forward"] = partial(
                 _forward,
                 layer=layer,
                 name=name,
-                delta_mu=delta_mu,
-                delta_sigma=delta_sigma,
+                deltas=deltas[name],
+                shared=shared,
                 samples=samples,
                 groups=groups,
                 blocks=blocks,
@@ -198,6 +250,7 @@ def replaced_forwards(
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
+        shared.end()
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class Algorithm(StrategyState):
             try:
                 with changed(self.perturbations, attempt), ExitStack() as applied:
                     part = self._part(batch, chosen, plan)
-                    for perturbation in self.perturbations:
+                    for perturbation in sorted(self.perturbations, key=lambda p: p.applied_last):
                         applied.enter_context(perturbation.applied(plan.size))
                     self.perturbed_loss, _ = self.one_pass(part, loss_fn, backward, weight)
             except TooFewValues as error:

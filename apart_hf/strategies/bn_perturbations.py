@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.layouts import is_channels_last
-from apart_hf.batchnorm.patching import replaced_forwards, supported_layers
+from apart_hf.batchnorm.patching import Shared, replaced_forwards, supported_layers
 from apart_hf.errors import ApartError
 from apart_hf.strategies.perturbation import Perturbation, checked_radius, processes
 
@@ -35,12 +35,13 @@ class GroupStatistics(Perturbation):
     """
 
     defaults: ClassVar = {"groups": 16}
+    applied_last = True
 
     def __init__(self, model: nn.Module, *, groups: int):
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
             raise ApartError(f"groups={groups!r}: the number of groups must be an integer >= 1.")
         self.model, self.groups = model, groups
-        self.layers = supported_layers(model)
+        self.layers, self._shared = supported_layers(model), Shared()
         # nothing yet: the model may still move to another device
         self._deltas, self._layer_of = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self._leaves: dict[str, tuple[Tensor, Tensor]] = {}
@@ -100,15 +101,22 @@ class GroupStatistics(Perturbation):
         self._allocate()
 
     def _in_blocks(self) -> bool:
-        """Tell whether groups are laid out as runs of samples: cheaper where channels lie innermost, on the CPU."""
-        return self.groups > 1 and any(p.device.type == "cpu" and is_channels_last(p) for p in self.model.parameters())
+        """Tell whether groups are runs of samples: where channels lie innermost, these need no copy."""
+        return self.groups > 1 and any(is_channels_last(p) for p in self.model.parameters())
 
     def order(self, samples: int) -> Tensor | None:
         return torch.arange(samples).view(-1, self.groups).t().flatten() if self._in_blocks() else None
 
     def applied(self, samples: int) -> AbstractContextManager[None]:
         return replaced_forwards(
-            self._active(), self._fixed, samples=samples, groups=self.groups, blocks=self._in_blocks(), perturbed=True
+            self._active(),
+            self._fixed,
+            samples=samples,
+            groups=self.groups,
+            blocks=self._in_blocks(),
+            perturbed=True,
+            together=processes() == 1,
+            shared=self._shared,
         )
 
 
@@ -136,7 +144,12 @@ class AdversarialStatistics(GroupStatistics):
             self._eps = self._deltas.new_zeros(())
         self._eps.zero_()
         return replaced_forwards(
-            self._active(), self._leaves, samples=samples, perturbed=False, activation_eps=self._eps
+            self._active(),
+            self._leaves,
+            samples=samples,
+            perturbed=False,
+            shared=self._shared,
+            activation_eps=self._eps,
         )
 
     def _gradient(self) -> Tensor:

@@ -66,6 +66,8 @@ class Perturbation:
     reads_weight_gradients: ClassVar[bool] = False
     #: False where the number of samples has no effect, so that it need not be known.
     counts_samples: ClassVar[bool] = True
+    #: True where `applied` reads the weights, so that others which move them are applied before.
+    applied_last: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apart_hf.batchnorm import kernels
+from apart_hf.batchnorm import cpu_kernels, device_kernels, use_kernels
 from apart_hf.batchnorm.functional import perturbed_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
 
@@ -35,17 +35,15 @@ def naive(x, gamma, beta, delta_mu, delta_sigma, eps, groups, rows, blocks):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("composed", [False, True], ids=["chosen", "composed"])
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("kernels", ["cpu", "compiled", "device", "composed"])
 @pytest.mark.parametrize("blocks", [False, True], ids=["interleaved", "blocks"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", SHAPES)
-def test_agrees_with_the_naive_formula(layout, groups, blocks, fast, composed, dtype, tolerance, monkeypatch):
-    if not fast:
-        monkeypatch.setattr(kernels, "_has_fast_statistics", lambda *_: False)
-    if composed:
-        monkeypatch.setattr(kernels, "_composes_forward", lambda *_: True)
-        monkeypatch.setattr(kernels, "_composes_backward", lambda *_: True)
+def test_agrees_with_the_naive_formula(layout, groups, blocks, kernels, dtype, tolerance, monkeypatch):
+    if kernels == "compiled":  # where no tensor has values
+        monkeypatch.setattr(cpu_kernels, "is_real", lambda _: False)
+    if kernels == "composed":  # of every layout
+        monkeypatch.setattr(device_kernels, "has_runs", lambda *_: True)
     g = torch.Generator().manual_seed(0)
     shape = SHAPES[layout]
     rows = shape[0] // 8
@@ -61,8 +59,9 @@ def test_agrees_with_the_naive_formula(layout, groups, blocks, fast, composed, d
     (want * weights).sum().backward()
 
     got_in = [v.to(dtype).requires_grad_() for v in values]
-    got = perturbed_batch_norm(*got_in, eps=1e-3, grouping=Grouping(groups, rows, blocks))
-    (got * weights.to(dtype)).sum().backward()
+    with use_kernels("cpu" if kernels in ("cpu", "compiled") else "device"):
+        got = perturbed_batch_norm(*got_in, eps=1e-3, grouping=Grouping(groups, rows, blocks))
+        (got * weights.to(dtype)).sum().backward()
     assert got.stride() == want.stride() and got.dtype == dtype
     for a, b in zip([got, *(t.grad for t in got_in)], [want, *(t.grad for t in want_in)]):
         assert (a - b).abs().max() <= tolerance * b.abs().max()

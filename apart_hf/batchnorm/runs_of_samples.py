@@ -1,0 +1,44 @@
+"""Groups that are runs of samples, one after another through the framework's kernels, without a copy of activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apart_hf.batchnorm.affine import Affine
+from apart_hf.batchnorm.layouts import Grouping
+from apart_hf.batchnorm.normalised import Gradients, Normalised, Statistics
+
+
+def forward(x: Tensor, affine: Affine, eps: float, grouping: Grouping) -> Normalised:
+    """Compute as `kernels.forward` does, with a shift and without buffers."""
+    # given float32 buffers the kernel computes in float32, also for 16-bit activations
+    mean, variance = affine.weight.new_zeros(2, x.shape[1])
+    found = zip(*(torch.batch_norm_update_stats(run, mean, variance, 0.0) for run in x.chunk(grouping.groups)))
+    mu, var = (torch.cat(parts) for parts in found)
+    inv_sigma = (var + eps).rsqrt()
+    ratio = mu * inv_sigma
+    bias, nothing = torch.addcmul(affine.bias, affine.shift, ratio), mu.new_empty(0)
+    out = torch.empty_like(x)
+    vectors = (vector.chunk(grouping.groups) for vector in (affine.weight, bias, mu, var))
+    for run, to, weights, biases, mean, variance in zip(x.chunk(grouping.groups), out.chunk(grouping.groups), *vectors):
+        torch.native_batch_norm(run, weights, biases, mean, variance, False, 0.0, eps, out=(to, nothing, nothing))
+    return Normalised(out, Statistics(mu, inv_sigma, ratio))
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, eps: float, grouping: Grouping, needs_grad_x: bool
+) -> Gradients:
+    """Compute as `kernels.backward` does."""
+    grad_x = torch.empty_like(x) if needs_grad_x else None
+    found = []
+    runs = (tensor.chunk(grouping.groups) for tensor in (grad_out, x, weight, saved.mu, saved.inv_sigma))
+    for k, (g, run, weights, mu, inv_sigma) in enumerate(zip(*runs)):
+        of_run, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            g, run, weights, None, None, mu, inv_sigma, True, eps, [needs_grad_x, True, True]
+        )
+        if grad_x is not None:
+            grad_x.narrow(0, k * len(run), len(run)).copy_(of_run)
+        found.append((grad_weight, grad_bias))
+    grad_weights, grad_biases = zip(*found)
+    return Gradients(grad_x, torch.cat(grad_weights), torch.cat(grad_biases))
