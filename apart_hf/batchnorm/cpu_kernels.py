@@ -67,8 +67,8 @@ def _exact_backward(grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statisti
     The framework's kernel adds up a channel naively there, which would lift the noise around structural zeros of
     g_delta (see `strategies.bn_perturbations.DEAD_ZONE`) by a factor of 2 to 4.
     """
-    layout = Layout(x, Grouping())
-    v, g, mu, inv_sigma = layout.view(x), layout.view(grad_out), saved.mu, saved.inv_sigma
+    layout, (mu, inv_sigma, *_) = Layout(x, Grouping()), saved
+    v, g = layout.view(x), layout.view(grad_out)
     grad_bias = g.sum(layout.dims).flatten()
     grad_weight = (v - mu).mul_(g).sum(layout.dims).flatten() * inv_sigma
     if not needs_grad_x:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from apart_hf.batchnorm.affine import Affine
-from apart_hf.batchnorm.layouts import Grouping
-from apart_hf.batchnorm.normalised import Gradients, Normalised, Statistics
+from apart_hf.batchnorm.layouts import Grouping, Layout
+from apart_hf.batchnorm.normalised import Gradients, Normalised, Statistics, is_single_dtype
 
 
 def forward(x: Tensor, affine: Affine, eps: float, grouping: Grouping) -> Normalised:
@@ -18,12 +18,17 @@ def forward(x: Tensor, affine: Affine, eps: float, grouping: Grouping) -> Normal
     mu, var = (torch.cat(parts) for parts in found)
     inv_sigma = (var + eps).rsqrt()
     ratio = mu * inv_sigma
-    bias, nothing = torch.addcmul(affine.bias, affine.shift, ratio), mu.new_empty(0)
-    out = torch.empty_like(x)
-    vectors = (vector.chunk(grouping.groups) for vector in (affine.weight, bias, mu, var))
-    for run, to, weights, biases, mean, variance in zip(x.chunk(grouping.groups), out.chunk(grouping.groups), *vectors):
+    statistics = Statistics(mu, inv_sigma, ratio)
+    if is_single_dtype(x):  # in one operation for all runs
+        layout, scale = Layout(x, grouping), affine.weight * inv_sigma
+        offset = torch.addcmul(affine.bias, affine.shift - affine.weight, ratio)
+        out = torch.addcmul(offset.view(layout.vector), layout.view(x), scale.view(layout.vector))
+        return Normalised(layout.back(out, x), statistics)
+    bias, nothing, out = torch.addcmul(affine.bias, affine.shift, ratio), mu.new_empty(0), torch.empty_like(x)
+    runs = (tensor.chunk(grouping.groups) for tensor in (x, out, affine.weight, bias, mu, var))
+    for run, to, weights, biases, mean, variance in zip(*runs):
         torch.native_batch_norm(run, weights, biases, mean, variance, False, 0.0, eps, out=(to, nothing, nothing))
-    return Normalised(out, Statistics(mu, inv_sigma, ratio))
+    return Normalised(out, statistics)
 
 
 def backward(
