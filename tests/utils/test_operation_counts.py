@@ -124,4 +124,5 @@ def test_hooks_go_where_a_step_fails():
 
 
 def test_the_example_runs():
-    assert doctest.testmod(operation_counts) == (0, 4)
+    found = doctest.testmod(operation_counts)
+    assert found.attempted >= 4 and found.failed == 0
