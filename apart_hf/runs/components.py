@@ -92,6 +92,7 @@ def loader_settings(config: FilledConfig, images: dict[str, Any]) -> LoaderSetti
         shuffle_buffer=config.shuffle_buffer,
         padding=config.padding,
         repeats=config.aug_repeats,
+        decoded_cache=not config.no_decoded_cache,
     )
 
 
