@@ -2,187 +2,118 @@
 """Time the training step of several methods side by side: interleaved repeats in one process, medians, ratios.
 
     python scripts/benchmark.py --model wide_resnet40_2 --batch-size 128 --methods standard,apart,sam,apart-sam
+    python scripts/benchmark.py --model wide_resnet16_2,resnet18 --img-size 32,224 --batch-size 128,32 --groups 16,4
+    python scripts/benchmark.py --render docs/COST.md
 
 A step is accumulate_gradients, an SGD step and zero_grad on random images. Ratios are taken within each round, to the
-first method named, so that a machine that slows down slows all of them. --profile adds where the time of the second
-method named goes that two steps of the first would not take.
+first method named, so that a machine that slows down slows all of them; the spread is the interquartile range of a
+step's time. --count adds the operations that one accumulate_gradients dispatches, views aside, and how many of them
+copy activations. --profile adds where the time of the second method named goes that two steps of the first would not
+take. --render writes anew the tables of a document that come from files of --json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
+from collections.abc import Callable
+from pathlib import Path
 
-import timm
 import torch
-from torch import nn
 
-from apart_hf import create_strategy
-from apart_hf.strategies.methods import METHODS
-from apart_hf.utils.environment import versions
+from apart_hf.errors import ApartError
+from apart_hf.paper import cost_tables
+from apart_hf.paper.step_costs import StepCase, make_contenders, measure
+from apart_hf.paper.step_kinds import profile
+from apart_hf.strategies.methods import list_strategies
+from apart_hf.utils.allocator import keep_freed_memory
+from apart_hf.utils.command_line import Parser, at_least, run_command
+from apart_hf.utils.files import write_whole
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROOT = Path(__file__).parents[1]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wide_resnet40_2")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--img-size", type=int, help="edge in pixels [the model's]")
-    parser.add_argument("--num-classes", type=int, default=100)
-    parser.add_argument("--groups", type=int, default=16)
-    parser.add_argument("--methods", default="standard,apart", help="separated by commas; the first is the measure")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, after two that do not count")
+def several(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """Make a type for argparse: values between commas."""
+    return lambda text: [kind(part.strip()) for part in text.split(",")]
+
+
+def parse(prog: str) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    of_each = "; one for all models, or one for each, between commas"
+    parser.add_argument("--model", action="extend", type=several(str), metavar="NAME,...", help="[wide_resnet40_2]")
+    parser.add_argument(
+        "--batch-size", type=several(at_least(1)), default=[128], metavar="N,...", help=f"[128]{of_each}"
+    )
+    parser.add_argument(
+        "--img-size", type=several(at_least(1)), default=[None], metavar="N,...", help=f"edge [the model's]{of_each}"
+    )
+    parser.add_argument("--groups", type=several(at_least(1)), default=[16], metavar="N,...", help=f"[16]{of_each}")
+    parser.add_argument("--num-classes", type=at_least(1), default=100, metavar="N", help="[100]")
+    parser.add_argument(
+        "--methods",
+        type=several(str),
+        default=["standard", "apart"],
+        metavar="NAME,...",
+        help=f"the first is the measure [standard,apart]: {', '.join(list_strategies())}",
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=15, metavar="N", help="rounds, after two others [15]")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--amp-dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--torchcompile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads [torch's own choice]")
-    parser.add_argument("--profile", type=int, metavar="STEPS", help="steps of each under torch.profiler, interleaved")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads [torch's own choice]")
+    parser.add_argument("--count", action="store_true", help="count operations and copies of activations")
+    parser.add_argument("--profile", type=at_least(1), metavar="STEPS", help="steps of each under torch.profiler")
+    parser.add_argument("--no-mallopt", action="store_true", help="leave the thresholds of glibc's allocator")
+    parser.add_argument(
+        "--json", nargs="?", type=Path, const=Path(), metavar="FILE", help="write the figures [results/cost-....json]"
+    )
+    parser.add_argument("--render", type=Path, metavar="FILE", help="only write the tables of this document anew")
     return parser.parse_args()
 
 
-class Contender:
-    """One method on a model of its own."""
-
-    def __init__(self, method: str, args: argparse.Namespace):
-        torch.manual_seed(0)
-        device, dtype = torch.device(args.device), DTYPES[args.amp_dtype]
-        layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model = timm.create_model(args.model, num_classes=args.num_classes).to(device, memory_format=layout)
-        size = args.img_size or self.model.pretrained_cfg["input_size"][-1]
-        self.images = torch.randn(args.batch_size, 3, size, size, device=device).contiguous(memory_format=layout)
-        self.targets = torch.randint(args.num_classes, (args.batch_size,), device=device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.device, self.criterion = device, nn.CrossEntropyLoss()
-        run = torch.compile(self.model) if args.torchcompile else self.model
-        self.strategy = create_strategy(
-            method,
-            run,
-            autocast=dtype and (lambda: torch.autocast(device.type, dtype)),
-            **({"groups": args.groups} if "groups" in METHODS[method].hyper_parameters() else {}),
-        )
-        self.seconds: list[float] = []
-
-    def step(self) -> None:
-        self.strategy.accumulate_gradients(self.images, self.targets, self.criterion)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def timed_step(self) -> None:
-        self._synchronise()
-        start = time.perf_counter()
-        self.step()
-        self._synchronise()
-        self.seconds.append(time.perf_counter() - start)
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def peak_memory(self) -> float | None:
-        """MiB allocated at the peak of one step; on the CPU by the profiler's record of allocations."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.step()
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.step()
-        held = peak = 0
-        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak / 2**20
+def cases(args: argparse.Namespace) -> list[StepCase]:
+    """Join the models with what is given for each of them."""
+    models, columns = args.model or ["wide_resnet40_2"], []
+    for flag, values in (("batch-size", args.batch_size), ("img-size", args.img_size), ("groups", args.groups)):
+        if len(values) not in (1, len(models)):
+            raise ApartError(
+                f"--{flag} has {len(values)} values for {len(models)} models; give one, or one for each model."
+            )
+        columns.append(values * len(models) if len(values) == 1 else values)
+    names = ("num_classes", "channels_last", "amp_dtype", "torchcompile", "device")
+    return [StepCase(*values, **{name: getattr(args, name) for name in names}) for values in zip(models, *columns)]
 
 
-KINDS = {
-    "convolution": ("convolution", "mkldnn", "cudnn"),
-    "batch norm": ("batch_norm", "addcmul"),
-    "activation": ("relu", "threshold", "silu", "gelu", "hardtanh"),
-    "optimizer": ("_foreach", "SGD", "Optimizer"),
-    "matrix product": ("addmm", "aten::mm", "bmm"),
-}
-
-
-def profile(contenders: list[Contender], steps: int) -> str:
-    """Time of each kind of operation in a step of both, and what the second's has beyond twice the first's, in ms."""
-    spent = []
-    for contender in contenders:
-        kinds = dict.fromkeys([*KINDS, "other operations", "outside of operations"], 0.0)
-        wall = 0.0
-        for _ in range(steps):
-            with torch.profiler.profile() as recorded:
-                start = time.perf_counter()
-                contender.step()
-                wall += time.perf_counter() - start
-            for event in recorded.key_averages():
-                kind = next((k for k, parts in KINDS.items() if any(p in event.key for p in parts)), "other operations")
-                kinds[kind] += event.self_cpu_time_total / 1000 / steps
-        kinds["outside of operations"] = 1000 * wall / steps - sum(kinds.values())
-        spent.append(kinds)
-    first, second = spent
-    total = 2 * sum(first.values())
-    lines = ["| kind | first, twice | second | beyond, ms | of two steps |", "|---|---|---|---|---|"]
-    for kind in first:
-        beyond = second[kind] - 2 * first[kind]
-        lines.append(f"| {kind} | {2 * first[kind]:.0f} | {second[kind]:.0f} | {beyond:+.0f} | {beyond / total:+.1%} |")
-    beyond = sum(second.values()) - total
-    lines.append(f"| all | {total:.0f} | {sum(second.values()):.0f} | {beyond:+.0f} | {beyond / total:+.1%} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    args = parse()
+def main(prog: str) -> None:
+    args = parse(prog)
+    if args.render:
+        try:
+            write_whole(args.render, cost_tables.with_tables(args.render.read_text(), ROOT))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ApartError(f"--render {args.render}: {error}; name a document that can be written.") from error
+        return
+    if args.profile and len(args.methods) < 2:
+        raise ApartError("--profile compares two methods; name two with --methods.")
+    wanted = cases(args)
+    file = cost_tables.default_file(wanted, ROOT / "results") if args.json == Path() else args.json
+    if file is not None:
+        cost_tables.check_file(file)
+    keeps_memory = not args.no_mallopt and keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.profile and "," not in args.methods:
-        raise SystemExit("--profile compares two methods; name two with --methods.")
-    contenders = {method: Contender(method, args) for method in args.methods.split(",")}
-    for repeat in range(args.repeats + 2):
-        for contender in contenders.values():
-            contender.timed_step()
-            if repeat < 2:
-                contender.seconds.clear()
-    baseline = next(iter(contenders.values()))
-    rows = []
-    for method, contender in contenders.items():
-        ratios = sorted(a / b for a, b in zip(contender.seconds, baseline.seconds))
-        rows.append(
-            {
-                "method": method,
-                "ms_per_step": 1000 * statistics.median(contender.seconds),
-                "images_per_second": args.batch_size / statistics.median(contender.seconds),
-                "ratio_min": ratios[0],
-                "ratio_median": statistics.median(ratios),
-                "ratio_max": ratios[-1],
-                "peak_memory_mib": contender.peak_memory(),
-            }
-        )
-    name = torch.cuda.get_device_name(args.device) if baseline.device.type == "cuda" else platform.machine()
-    layout, mode = "channels_last" if args.channels_last else "NCHW", "compiled" if args.torchcompile else "eager"
-    print(
-        f"{args.model}, batch {args.batch_size}, {args.amp_dtype}, {layout}, {mode}, {args.device} ({name}), "
-        f"{torch.get_num_threads()} threads"
-    )
-    print("| method | ms/step | images/s | ratio: min - median - max | peak memory (MiB) |\n|---|---|---|---|---|")
-    for row in rows:
-        ratio = " - ".join(f"{row[f'ratio_{key}']:.2f}" for key in ("min", "median", "max"))
-        print(
-            f"| {row['method']} | {row['ms_per_step']:.0f} | {row['images_per_second']:.0f} | {ratio} | "
-            f"{row['peak_memory_mib']:.0f} |"
-        )
-    if args.profile:
-        print(profile(list(contenders.values())[:2], args.profile))
-    if args.json:
-        figures = {"arguments": vars(args), "device_name": name, "versions": versions(), "rows": rows}
-        with open(args.json, "w") as file:
-            json.dump(figures, file, indent=1)
+    rows, profiles = [], []
+    for case in wanted:
+        contenders = make_contenders(case, args.methods)
+        rows.append(measure(contenders, args.repeats, count=args.count))
+        if args.profile:
+            profiles.append(f"{case.model}\n\n{profile(contenders[:2], args.profile)}")
+    threads = torch.get_num_threads()
+    costs = cost_tables.record(wanted, rows, repeats=args.repeats, threads=threads, keeps_memory=keeps_memory)
+    print(cost_tables.table(costs), *profiles, sep="\n")
+    if file is not None:
+        cost_tables.write(file, costs)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,6 +21,7 @@ from apart_hf.hub.pretrained import load_pretrained
 from apart_hf.paper.bn_robustness import Batches, attack, robustness
 from apart_hf.paper.figures import plot_attack, plot_robustness
 from apart_hf.utils.accelerator import start_accelerator
+from apart_hf.utils.allocator import keep_freed_memory
 from apart_hf.utils.command_line import Parser, at_least, run_command
 from apart_hf.utils.processes import use_threads
 from apart_hf.utils.progress_bar import progress_bar
@@ -98,6 +99,8 @@ def _robustness(args: argparse.Namespace, model: nn.Module, batches: Batches) ->
 
 
 def _run(args: argparse.Namespace) -> None:
+    if not args.no_mallopt:
+        keep_freed_memory()
     accelerator = start_accelerator(mixed_precision="no")
     if accelerator.num_processes > 1:
         raise ApartError(f"{accelerator.num_processes} processes were started, and one measures; leave the launcher.")

@@ -24,6 +24,7 @@ def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-
     parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="[error]")
     parser.add_argument("-b", "--batch-size", type=at_least(1), default=128, metavar="N", help="[128]")
     parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="loader processes [0]")
+    parser.add_argument("--no-mallopt", action="store_true", help="leave the thresholds of glibc's allocator")
 
 
 def measured_images(

@@ -19,6 +19,7 @@ from apart_hf.hub.pretrained import find_pretrained, load_pretrained
 from apart_hf.hub.training_record import DataRecord, TrainingRecord
 from apart_hf.training.evaluation import evaluate
 from apart_hf.utils.accelerator import start_accelerator
+from apart_hf.utils.allocator import keep_freed_memory
 from apart_hf.utils.command_line import Parser, run_command
 from apart_hf.utils.processes import use_threads
 
@@ -46,6 +47,8 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if not args.no_mallopt:
+        keep_freed_memory()
     folder = find_pretrained(args.checkpoint, revision=args.revision)
     model, _ = load_pretrained(args.checkpoint, revision=args.revision)
     training = Exported.read(folder).training

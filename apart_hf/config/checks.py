@@ -96,6 +96,11 @@ def check_names(config: TrainConfig) -> None:
     check_hyper_parameters(config.method, config.hyper_parameters())
     if config.epsilon_warmup_epochs and "epsilon" not in METHODS[config.method].hyper_parameters():
         raise ApartError(f"--epsilon-warmup-epochs: the method {config.method!r} has no epsilon; leave the flag out.")
+    if config.perturb_from_epoch != 1 and not METHODS[config.method].perturbations:
+        raise ApartError(
+            f"--perturb-from-epoch: the method {config.method!r} has no second pass; leave the flag out, or choose "
+            "another --method."
+        )
     check_in_use(config)
     if config.trackers:
         _check_trackers(config.trackers)

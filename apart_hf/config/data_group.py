@@ -96,6 +96,12 @@ class DataGroup:
         "loader processes; auto: memory where it gives the same",
         role="how",
     )
+    no_decoded_cache: bool = _setting(
+        False,
+        "do not keep the decoded images of --loader memory on disk, in the cache of datasets, for the next run",
+        role="how",
+        on_resume="free",
+    )
     workers: int | None = _setting(
         None,
         "loader processes [0 on the CPU; else one a core, at most 8]",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apart_hf.config.model_arguments import channels_of
-from apart_hf.config.recipes import budgeted
+from apart_hf.config.passes import budgeted, plain_epochs_of
 from apart_hf.config.train_config import HYPER_PARAMETERS, CompleteConfig, FilledConfig, TrainConfig
 from apart_hf.data import find_dataset
 from apart_hf.data.dataset_names import without_prefix
@@ -46,7 +46,7 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
     if config.budget is not None:
         passes = METHODS[config.method].passes(settings["ratio"] or 1.0, config.every)
         before = epochs
-        epochs, milestones = budgeted(epochs, milestones, config.budget, passes)
+        epochs, milestones = budgeted(epochs, milestones, config.budget, passes, plain_epochs_of(config))
         if interval is not None and interval >= 1:  # below, it is a share
             interval *= epochs / before
     if settings["sched"] == "multistep" and any(m > epochs for m in milestones or ()):
@@ -56,10 +56,6 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
         )
     if config.warmup_epochs >= epochs and not config.warmup_prefix:
         raise ApartError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {epochs}; shorten it.")
-    if config.epsilon_warmup_epochs > epochs:
-        raise ApartError(
-            f"--epsilon-warmup-epochs {config.epsilon_warmup_epochs} does not end within --epochs {epochs}; shorten it."
-        )
     if config.no_aug:
         settings |= UNAUGMENTED
     if config.img_size is None and config.input_size is not None:
@@ -74,8 +70,28 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
     settings["decay_milestones"] = sorted(milestones or {max(1, epochs // 2), max(1, epochs * 3 // 4)})
     settings |= {"epochs": epochs, "budget": None, "decay_epochs": interval, "report_to": config.trackers}
     filled = FilledConfig(**settings | {"dataset": without_prefix(config.dataset)})
-    filled.run_epochs  # noqa: B018  raises where there is no such schedule
+    _check_second_passes(filled)
     return filled
+
+
+def _check_second_passes(config: FilledConfig) -> None:
+    """Raise where second passes, or the warmup of epsilon in them, lie beyond the run, whose schedule makes it longer.
+
+    Raises:
+        ApartError: also where there is no such schedule.
+    """
+    epochs, first, warmup = config.run_epochs, config.perturb_from_epoch, config.epsilon_warmup_epochs
+    length = f"--epochs {config.epochs}" + (
+        "" if epochs == config.epochs else f" ({epochs} with those of the schedule)"
+    )
+    if first > epochs:
+        raise ApartError(
+            f"--perturb-from-epoch {first} lies beyond {length}, and no step would be perturbed; take one of 1 to "
+            f"{epochs}."
+        )
+    if warmup > epochs - plain_epochs_of(config):
+        begins = "" if first == 1 else f", beginning by --perturb-from-epoch {first}"
+        raise ApartError(f"--epsilon-warmup-epochs {warmup} does not end within {length}{begins}; shorten it.")
 
 
 def plain_epochs(config: TrainConfig) -> int:

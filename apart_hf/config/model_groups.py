@@ -159,6 +159,13 @@ class MethodGroup:
     every: int = _method_setting(
         1, "second pass in every N-th step only; the others are plain steps", role="what", least=1, recorded=14
     )
+    perturb_from_epoch: int = _method_setting(
+        1,
+        "second passes from this epoch on, counted from 1; the steps before it are plain, of one pass each",
+        role="what",
+        least=1,
+        recorded=65,
+    )
     local_attack: bool = _method_setting(
         False, "each process attacks by its own batch, rather than all by the joint one", role="what"
     )

@@ -94,7 +94,7 @@ class OptimisationGroup:
     )
     epsilon_warmup_epochs: int = _setting(
         0,
-        "epochs in which epsilon rises from 0, in a straight line",
+        "epochs in which epsilon rises from 0, in a straight line, from --perturb-from-epoch on",
         role="what",
         least=0,
         recorded=34,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apart_hf.errors import ApartError, unknown_name
+from apart_hf.errors import unknown_name
 
 _CIFAR = {"batch_size": 128, "epochs": 200, "decay_milestones": [100, 150], "weight_decay": 5e-4}
 _USUAL = {"opt": "momentum", "momentum": 0.9, "lr": 0.1, "sched": "multistep"}
@@ -71,22 +71,3 @@ def recipe(name: str) -> dict[str, Any]:
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     return dict(RECIPES[name])
-
-
-def budgeted(epochs: int, milestones: list[int] | None, budget: float, passes: float) -> tuple[int, list[int] | None]:
-    """Compute epochs and milestones for a budget in units of the given epochs of plain training (Section 4.1).
-
-    A method whose step costs so many `passes` over the batch gets budget / passes times the epochs: 200 epochs of
-    APART with N = M are budget 2.
-
-    Raises:
-        ApartError: where less than an epoch is left.
-    """
-    factor = budget / passes
-    if not 0.5 <= epochs * factor < 1e9:
-        raise ApartError(
-            f"--budget {budget:g}: {epochs * factor:g} epochs ({epochs} x {budget:g} / {passes:g} passes); take one "
-            f"between {passes / epochs:g} and {1e6 * passes / epochs:g}."
-        )
-    scaled = round(epochs * factor) or 1
-    return scaled, milestones and [max(1, round(m * factor)) for m in milestones]

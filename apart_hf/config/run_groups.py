@@ -88,6 +88,13 @@ class RunGroup:
     threads: int | None = _run_setting(
         None, "CPU threads a process [OMP_NUM_THREADS, or all cores]", role="how", on_resume="free", least=1, most=1024
     )
+    no_mallopt: bool = _run_setting(
+        False,
+        "leave the thresholds of glibc's allocator, which a run raises so that a step takes again the memory that the "
+        "step before it freed",
+        role="how",
+        on_resume="free",
+    )
     resume: str | None = _run_setting(
         None,
         "go on exactly from the last checkpoint: of this folder, or auto: of the last run of this name, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apart_hf.data.dataset_base import EpochDataset
+from apart_hf.data.decoded_cache import DecodedCache
 from apart_hf.data.decoding import BadImage, bad_image, rgb
 from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
@@ -33,9 +34,15 @@ def _bytes(channels: int) -> int:
 
 
 def decode(
-    split: Split, edge: int, *, channels: int = 3, skip_bad: bool = False, progress: str | None = None
+    split: Split,
+    edge: int,
+    *,
+    channels: int = 3,
+    skip_bad: bool = False,
+    progress: str | None = None,
+    cache: DecodedCache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode every image of a split, all of one size.
+    """Decode every image of a split, all of one size, or take them as they were decoded before.
 
     Args:
         split: not a stream.
@@ -43,6 +50,7 @@ def decode(
         channels: 1 of grey images, 3 of RGB.
         skip_bad: leave what cannot be decoded black.
         progress: title of a progress bar; None: no bar.
+        cache: where decoded images are looked for, and kept; None: nowhere.
 
     Returns:
         Images, (N, edge, edge, 4) uint8, the fourth byte of a pixel zero, or grey ones (N, edge, edge, 1); and which
@@ -51,6 +59,18 @@ def decode(
     Raises:
         ApartError: naming the first image that has another size or, unless `skip_bad`, cannot be decoded.
     """
+    key = None if cache is None else cache.key(split, edge, channels)
+    if cache is not None and key is not None:
+        found = cache.load(key)
+        if found is not None and (skip_bad or bool(found[1].all())):  # else the first bad image is to be named
+            return found
+    decoded, good = _decode(split, edge, channels, skip_bad, progress)
+    if cache is not None and key is not None:
+        cache.save(key, decoded, good)
+    return decoded, good
+
+
+def _decode(split: Split, edge: int, channels: int, skip_bad: bool, progress: str | None) -> tuple[Tensor, Tensor]:
     decoded = torch.zeros(len(split), edge, edge, _bytes(channels), dtype=torch.uint8)
     good = torch.ones(len(split), dtype=torch.bool)
     for start in progress_bar(range(0, len(split), _AT_ONCE), progress, unit="k images"):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from apart_hf.data.dataset_map import TransformedImages
 from apart_hf.data.dataset_memory import InMemoryImages, OtherSize, decode, fits_in_memory
 from apart_hf.data.dataset_stream import StreamedImages
+from apart_hf.data.decoded_cache import DecodedCache, cache_folder
 from apart_hf.data.decoding import IGNORED
 from apart_hf.data.loading import ImageData
 from apart_hf.data.repeated import RepeatedImages
@@ -44,6 +45,7 @@ class Loaders:
 
     def __init__(self, data: ImageData, settings: LoaderSettings, accelerator: Accelerator):
         self.data, self.settings, self.accelerator = data, settings, accelerator
+        self._cache = DecodedCache(cache_folder()) if settings.decoded_cache else None
         channels = settings.images["input_size"][0]
         if channels not in CHANNELS:
             raise ApartError(f"the network takes images of {channels} channels, and they are read with 1 or 3 only.")
@@ -169,6 +171,7 @@ class Loaders:
             channels=self.settings.images["input_size"][0],
             skip_bad=self.settings.skip_bad,
             progress=f"decoding split {split.name}",
+            cache=self._cache,
         )
         labels, skipped = split.labels(), int((~good).sum())
         if training:

@@ -72,6 +72,7 @@ class LoaderSettings:
         repeats: how often each image of an epoch of training comes, see `RepeatedImages`; 0: once.
         skip_bad: pass over images that cannot be decoded.
         padding: pixels around small training images before their random crop; None: the dataset's.
+        decoded_cache: keep decoded images on disk, for the next run, see `DecodedCache`.
         shuffle_buffer: images of a stream that each loader process shuffles among themselves.
     """
 
@@ -86,3 +87,4 @@ class LoaderSettings:
     shuffle_buffer: int = 2048
     padding: int | None = None
     repeats: float = 0.0
+    decoded_cache: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.defaults import fill_defaults, plain_epochs
+from apart_hf.config.passes import mean_passes
 from apart_hf.config.train_config import SETTINGS, FilledConfig, TrainConfig
 from apart_hf.data import DATASETS
 from apart_hf.errors import ApartError
@@ -63,8 +64,7 @@ class Job:
     def cost(self) -> float:
         """Count the passes over the data, in units of those of the recipe's plain training."""
         config, given = self.config, parse_arguments(self.arguments)
-        passes = METHODS[config.method].passes(config.ratio or 1.0, config.every)
-        return passes * config.run_epochs / plain_epochs(given)
+        return mean_passes(config) * config.run_epochs / plain_epochs(given)
 
 
 def setting(request: TableRequest, dataset: str, model: str) -> str:
@@ -87,6 +87,9 @@ def make_job(request: TableRequest, dataset: str, model: str, row: str, seed: in
     method = settings.get("method", known.recipe.removesuffix("-mixup"))
     if scale.groups is not None and "groups" in METHODS[method].hyper_parameters():
         settings.setdefault("groups", scale.groups)
+    if known.plain_share:
+        epochs = fill_defaults(parse_arguments([*flags_of(settings), *request.more])).epochs
+        settings["perturb_from_epoch"] = 1 + round(known.plain_share * epochs)
     flags = flags_of(settings)
     _check_more(flags, list(request.more))
     places = {"output": str(request.output), "experiment": name, "resume": "auto"}

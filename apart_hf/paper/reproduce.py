@@ -31,6 +31,7 @@ from apart_hf.paper.subset import reduce_data
 from apart_hf.paper.tables import TABLES, chosen_rows
 from apart_hf.runs.components import data_settings
 from apart_hf.runs.interruption import EXIT_CODE, Interrupted
+from apart_hf.utils.allocator import keep_freed_memory
 from apart_hf.utils.environment import device_name, versions
 from apart_hf.utils.processes import SIGNALS, use_threads
 
@@ -123,6 +124,8 @@ def _prepared_data(request: TableRequest, config: TrainConfig) -> str:
 
 def _measures(job: Job, folder: Path, corrupted: CorruptedImages) -> dict[str, Any]:
     config = job.config
+    if not config.no_mallopt:
+        keep_freed_memory()
     use_threads(config.threads, local_processes=1)
     _log.info("measuring %s", job.name)
     model, _ = load_pretrained(str(folder))

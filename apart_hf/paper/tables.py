@@ -19,13 +19,15 @@ class Row:
 
     Args:
         recipe: METHOD or METHOD-mixup of a recipe's name.
-        budget: cost in units of the recipe's plain training, see `recipes.budgeted`; None: that of as many epochs.
+        budget: cost in units of the recipe's plain training, see `passes.budgeted`; None: that of as many epochs.
         settings: of `TrainConfig`, beyond the recipe's.
+        plain_share: the share of the epochs, from the first on, that are without second passes.
     """
 
     recipe: str
     budget: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    plain_share: float = 0.0
 
 
 def _apart(**settings: Any) -> Row:
@@ -65,6 +67,8 @@ ROWS: dict[str, Row] = {
     "apart-sam-n1": Row("apart-sam", None, {"groups": 1}),
     "apart-every2": _apart(every=2),
     "apart-ratio0.25": _apart(ratio=0.25),
+    # of its second part: networks that still learn lose by the attack
+    "apart-last-half": Row("apart", plain_share=0.5),
 }
 _TABLE_1 = (
     "standard",
@@ -203,6 +207,7 @@ TABLES: dict[str, Table] = {
                     "apart-sam-n1",
                     "apart-every2",
                     "apart-ratio0.25",
+                    "apart-last-half",
                 )
             )
         },

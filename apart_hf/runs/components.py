@@ -13,6 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from apart_hf.config.key_values import key_values
+from apart_hf.config.passes import plain_epochs_of
 from apart_hf.config.schedule import schedule_arguments
 from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import DataSettings, LoaderSettings
@@ -50,6 +51,8 @@ def make_hyper_schedule(
 ) -> Callable[[int], dict[str, float]] | None:
     """Make the schedule of the method's hyper-parameters: epsilon rises from 0 over its warmup, in a straight line.
 
+    The warmup begins with the first epoch that has second passes.
+
     Args:
         config: of the run.
         hyper: of the method.
@@ -61,8 +64,8 @@ def make_hyper_schedule(
     warmup = config.epsilon_warmup_epochs * steps_per_epoch
     if not warmup:
         return None
-    epsilon = hyper["epsilon"]
-    return lambda steps: {"epsilon": epsilon * min(1.0, steps / warmup)}
+    epsilon, plain = hyper["epsilon"], plain_epochs_of(config) * steps_per_epoch
+    return lambda steps: {"epsilon": epsilon * min(1.0, max(0, steps - plain) / warmup)}
 
 
 def data_settings(config: TrainConfig) -> DataSettings:
@@ -89,6 +92,7 @@ def loader_settings(config: FilledConfig, images: dict[str, Any]) -> LoaderSetti
         shuffle_buffer=config.shuffle_buffer,
         padding=config.padding,
         repeats=config.aug_repeats,
+        decoded_cache=not config.no_decoded_cache,
     )
 
 

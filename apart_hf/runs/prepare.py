@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from apart_hf.config.defaults import fill_from_data, learning_rate
+from apart_hf.config.passes import mean_passes
 from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import ImageData, Loaders, load_image_data
 from apart_hf.data.fingerprint import data_digest
@@ -69,8 +70,9 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
     )
     strategy = trainer.strategy
     source = accelerator.unwrap_model(trainer.model).pretrained_cfg
+    passes = mean_passes(config, math.ceil(len(trainer.train_loader) / config.grad_accum_steps))
     record = training_record(
-        config, data, strategy.hyper, passes=strategy.passes, processes=accelerator.num_processes, source=source
+        config, data, strategy.hyper, passes=passes, processes=accelerator.num_processes, source=source
     )
     folder = RunFolder(path, config, images, data.class_names, record, data.val)
     checkpoints = Checkpoints(path / "checkpoints", accelerator, keep=config.checkpoint_hist)
@@ -80,9 +82,10 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
     set_seed(config.seed, device_specific=True)  # ranks augment, mix and drop out differently
     for line in describe_data(config, data, images["input_size"], loaders.kind):
         _log.info(line)
+    begins = "" if config.perturb_from_epoch == 1 else f" on average, plain before epoch {config.perturb_from_epoch}"
     _log.info(
         f"model: {config.model}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters; strategy: "
-        f"{strategy}, {strategy.passes:g} passes a step"
+        f"{strategy}, {passes:g} passes a step{begins}"
     )
     _log.info(
         f"run: {config.run_epochs} epochs of {len(trainer.train_loader)} steps, {accelerator.num_processes} "
@@ -147,6 +150,7 @@ def _make_trainer(
         clip_mode=config.clip_mode,
         dist_bn=config.dist_bn,
         hyper_schedule=make_hyper_schedule(config, strategy.hyper, steps_per_epoch),
+        perturb_from_epoch=config.perturb_from_epoch,
         ema=ema,
         log_interval=config.log_interval,
         skip_bad=config.on_bad_image == "skip",

@@ -26,7 +26,7 @@ def training_record(
         config: resolved.
         data: what is trained on.
         hyper: the strategy's hyper-parameters.
-        passes: over the batch, in a step.
+        passes: over the batch, in a step on average.
         processes: of the run.
         source: timm's pretrained_cfg of the model before training.
     """

@@ -10,11 +10,14 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.runs.failures import is_out_of_memory, out_of_memory
 from apart_hf.runs.interruption import StopRequest, noticing_lost_processes
 from apart_hf.runs.prepare import prepare
+from apart_hf.utils.allocator import keep_freed_memory
 
 
 @noticing_lost_processes()
 def train(config: TrainConfig) -> Path:
     """Run the training that `config` describes.
+
+    The process then keeps the memory that it frees, unless `no_mallopt` says otherwise; see `keep_freed_memory`.
 
     Args:
         config: what was given; what it leaves open is decided from the data, the model and the machine.
@@ -35,6 +38,8 @@ def train(config: TrainConfig) -> Path:
     """
     check_names(config)
     config = fill_defaults(config)
+    if not config.no_mallopt:
+        keep_freed_memory()
     stop = StopRequest()
     try:
         with stop.listening():

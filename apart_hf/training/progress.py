@@ -63,6 +63,10 @@ class Progress:
             self.recent += self._of_step
         self._of_step.zero_()
 
+    def reaches(self, epoch: int) -> bool:
+        """Tell whether the epoch that has begun is this one, counted from 1, or one after it."""
+        return self.epoch + 1 >= epoch
+
     def has_made(self, max_steps: int | None) -> bool:
         """Tell whether so many optimizer steps have been made; None: there is no such end."""
         return max_steps is not None and self.steps >= max_steps

@@ -42,6 +42,7 @@ class Trainer:
         dist_bn: "reduce": processes share the mean of their running statistics at the end of each epoch; "broadcast":
             those of the first process are evaluated.
         hyper_schedule: gives the hyper-parameters of the next step from the number of steps made; None: they stay.
+        perturb_from_epoch: the first epoch with second passes, counted from 1; the steps before it are plain.
         ema: timm's ModelEmaV3 of the unwrapped model; it is what is evaluated. None: off.
         log_interval: steps between log lines where there is no progress bar.
         skip_bad: the loaders pass over bad images; each epoch's metrics count them.
@@ -67,6 +68,7 @@ class Trainer:
     clip_mode: ClipMode = "norm"
     dist_bn: Literal["broadcast", "reduce"] = "broadcast"
     hyper_schedule: Callable[[int], dict[str, float]] | None = None
+    perturb_from_epoch: int = 1
     ema: ModelEmaV3 | None = None
     log_interval: int = 50
     skip_bad: bool = False
@@ -96,7 +98,8 @@ class Trainer:
                     part.set_epoch(epoch)
             if self.scheduler is not None and epoch:  # as in timm's script, it begins by itself
                 self.scheduler.step(epoch)  # does nothing where it goes by update
-            trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}", max_steps)
+            plain = "" if progress.reaches(self.perturb_from_epoch) else ", plain"
+            trained = self.train_epoch(f"epoch {epoch + 1}/{epochs}{plain}", max_steps)
             lr = learning_rate(self.optimizer)
             progress.end_epoch()
             last, evaluation = progress.is_done(epochs, max_steps), None
@@ -175,6 +178,7 @@ class Trainer:
                 targets,
                 self.criterion,
                 backward=lambda loss: self.accelerator.backward(loss if share == 1.0 else loss * share),
+                perturb=self.progress.reaches(self.perturb_from_epoch),
             )
             good = self.guard.judge(number, images, loss)  # False before the last batch of a step
             if self.figures is not None:

@@ -62,6 +62,23 @@ from tests.support.helpers import FAST, ROOT, run
         (["--epsilon-warmup-epochs", "-1"], "--epsilon-warmup-epochs -1: must be a finite number of at least 0"),
         (["--epsilon-warmup-epochs", "3", "--epochs", "2"], "--epsilon-warmup-epochs 3 does not end within --epochs 2"),
         (["--epsilon-warmup-epochs", "1", "--method", "sam"], "the method 'sam' has no epsilon; leave the flag out"),
+        (["--perturb-from-epoch", "0"], "--perturb-from-epoch 0: must be a finite number of at least 1"),
+        (["--perturb-from-epoch", "-3"], "--perturb-from-epoch -3: must be"),
+        (["--perturb-from-epoch", "1.5"], "--perturb-from-epoch: invalid int value: '1.5'"),
+        (
+            ["--perturb-from-epoch", "3", "--epochs", "2"],
+            "--perturb-from-epoch 3 lies beyond --epochs 2, and no step would be perturbed; take one of 1 to 2",
+        ),
+        (
+            ["--perturb-from-epoch", "5", "--epochs", "2", "--sched", "cosine", "--cooldown-epochs", "2"],
+            r"--perturb-from-epoch 5 lies beyond --epochs 2 \(4 with those of the schedule\)",
+        ),
+        (["--perturb-from-epoch", "7", "--budget", "1"], "--perturb-from-epoch 7 lies beyond --epochs 6"),
+        (["--perturb-from-epoch", "2", "--method", "standard"], "the method 'standard' has no second pass"),
+        (
+            ["--epsilon-warmup-epochs", "2", "--epochs", "2", "--perturb-from-epoch", "2"],
+            "--epsilon-warmup-epochs 2 does not end within --epochs 2, beginning by --perturb-from-epoch 2; shorten",
+        ),
         (["--model-ema-decay", "1"], "--model-ema-decay 1.0: must be below 1"),
         (["--expect-processes", "2"], "1 process.* were started, not 2; .*torchrun"),
         (["--sync-bn"], "--sync-bn needs GPUs"),

@@ -125,7 +125,7 @@ def test_a_new_field_is_one_edit():
 
 def test_a_table_s_rows_decide_the_method():
     of_method = {known.name for known in SETTINGS.values() if known.group == "method"}
-    assert of_method == {"method", "every", *HYPER_PARAMETERS}
+    assert of_method == {"method", "every", "perturb_from_epoch", *HYPER_PARAMETERS}
     assert not any(SETTINGS[name].in_tables for name in of_method)
 
 

@@ -137,6 +137,14 @@ def test_every_recipe_can_be_settled(name):
         (["--recipe", "cifar100-wrn40-apart", "--budget", "1.5", "--every", "2"], 200, [100, 150]),
         (["--recipe", "imagenet-resnet18-apart", "--budget", "4"], 210, [60, 120, 180, 200]),
         (["--method", "sam", "--epochs", "10", "--budget", "4"], 20, [10, 15]),
+        # 100 plain epochs, and the rest of 300, 400 or 250 passes over the data in epochs of 2, 2 or 1.5
+        (["--recipe", "cifar100-wrn40-apart", "--budget", "1.5", "--perturb-from-epoch", "101"], 200, [100, 150]),
+        (["--recipe", "cifar100-wrn40-apart", "--budget", "2", "--perturb-from-epoch", "101"], 250, [125, 188]),
+        (
+            ["--recipe", "cifar100-wrn40-apart", "--budget", "1.25", "--every", "2", "--perturb-from-epoch", "101"],
+            200,
+            [100, 150],
+        ),
     ],
 )
 def test_a_budget_is_shared_over_the_passes(arguments, epochs, milestones, capsys):

@@ -26,6 +26,17 @@ from tests.support.jobs import run_of
         ("table3", (), "apart-eps0.4-n8", 2, {"epsilon": 0.4, "groups": 8}),
         ("study", (), "apart-every2", 1.5, {"every": 2, "groups": 16, "epochs": 200}),
         ("study", (), "apart-ratio0.25", 1.25, {"ratio": 0.25}),
+        ("study", (), "apart-last-half", 1.5, {"perturb_from_epoch": 101, "epochs": 200, "groups": 16, "every": 1}),
+        ("study", ("--scale", "long"), "apart-last-half", 1.5, {"perturb_from_epoch": 51, "epochs": 100}),
+        ("study", ("--scale", "medium"), "apart-last-half", 1.5, {"perturb_from_epoch": 31, "epochs": 60}),
+        ("study", ("--scale", "small"), "apart-last-half", 1.5, {"perturb_from_epoch": 25, "groups": 8}),
+        (
+            "study",
+            ("--scale", "long", "--", "--epochs", "20", "--decay-milestones", "10"),
+            "apart-last-half",
+            1.5,
+            {"perturb_from_epoch": 11, "epochs": 20},
+        ),
         ("study", (), "ghost-bn", 2, {"method": "ghost-bn", "epochs": 200, "weight_decay": 5e-4}),
         (
             "study",
@@ -72,7 +83,7 @@ def test_every_row_of_every_table_makes_a_run():
                 found = run_of(name, row, "--dataset", dataset, "--model", model)
                 assert found.config.dataset == dataset and found.config.model == model
                 made += 1
-    assert made == 4 * 9 + 8 + 6 + 14 + 13 and set(ROWS) == {
+    assert made == 4 * 9 + 8 + 6 + 14 + 14 and set(ROWS) == {
         row for table in TABLES.values() for rows in table.parts.values() for row in rows
     }
 

@@ -68,6 +68,22 @@ CASES = {
         "gp": "catavgmax",
         "epochs": 1,
     },
+    "apart, from the second epoch": {
+        "method": "apart",
+        "groups": 2,
+        "perturb_from_epoch": 2,
+        "epsilon_warmup_epochs": 1,
+        "every": 2,
+        "grad_accum_steps": 2,
+        "checkpoint_every": "1",
+    },
+    "sam, a step of the second epoch": {
+        "method": "sam",
+        "perturb_from_epoch": 2,
+        "max_steps": 12,
+        "model_ema": True,
+        "checkpoint_every": "1",
+    },
     "random-bn": {"method": "random-bn", "groups": 2, "val_fraction": 0.25, "batch_size": 9, "ratio": 2 / 3},
 }
 

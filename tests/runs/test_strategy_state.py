@@ -90,3 +90,33 @@ def test_epsilon_rises_in_a_straight_line(little, tmp_path, passes):
     assert passes == [(pytest.approx(0.2 * min(1, step / 9)), 2) for step in range(18)] and passes[0][0] == 0
     record = json.loads((one / "last/config.json").read_text())["apart"]
     assert record["epsilon"] == 0.2 and record["settings"]["epsilon_warmup_epochs"] == 1
+
+
+def test_plain_epochs_come_first(little, tmp_path, passes, spoken, capsys):
+    """Epsilon rises from the first step that has a second pass; `every` counts the plain ones, too."""
+    more = {"every": 2, "epochs": 3, "epsilon": 0.2, "epsilon_warmup_epochs": 1, "perturb_from_epoch": 2}
+    one = train(settings(little, tmp_path, **MORE | more | {"checkpoint_every": None}))
+    steps = [step for step in range(9, 27) if (step + 1) % 2 == 0]
+    assert passes == [(pytest.approx(0.2 * min(1, (step - 9) / 9)), 2) for step in steps] and passes[0][0] == 0
+    record = json.loads((one / "last/config.json").read_text())["apart"]
+    assert record["settings"]["perturb_from_epoch"] == 2
+    ratio = record.get("ratio", 1.0)
+    assert record["passes"] == pytest.approx((9 + 18 * (1 + ratio / 2)) / 27)
+    assert f"{record['passes']:g} passes a step on average, plain before epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, perturbed", [(7, 0), (9, 0), (12, 3), (None, 9)])
+def test_the_passes_of_a_run_that_ends_by_its_steps(steps, perturbed, little, tmp_path, passes):
+    more = {"epochs": 2, "perturb_from_epoch": 2, "max_steps": steps, "checkpoint_every": None, "method": "ghost-bn"}
+    one = train(settings(little, tmp_path, groups=2, **more))
+    record = json.loads((one / "last/config.json").read_text())["apart"]
+    assert len(passes) == perturbed and record["passes"] == pytest.approx(1 + perturbed / (steps or 18))
+
+
+def test_another_first_epoch_is_refused_and_may_be_overridden(whole, little, tmp_path, passes):
+    until(whole, 3, tmp_path)
+    with pytest.raises(ApartError, match=r"perturb_from_epoch \(was 1, now 2\)"):
+        train(settings(little, tmp_path, **MORE | {"epochs": 2}, perturb_from_epoch=2, resume="auto"))
+    later = {"epochs": 2, "every": 1, "perturb_from_epoch": 2, "resume": "auto", "override": True}
+    train(settings(little, tmp_path, **MORE | later))
+    assert len(passes) == 9  # those of the second epoch

@@ -70,6 +70,23 @@ def test_every_third_step_has_a_second_pass(method):
     assert_same(dict(model.named_parameters()), want, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("method", ["apart", "sam"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_first_epochs_are_plain(method, every):
+    """Three epochs of two steps, each of two batches; `every` counts all steps."""
+    model, passes = build("test_byobnet"), []
+    want = copy.deepcopy(model)
+    for epoch in range(3):
+        perturbs = lambda step, epoch=epoch: epoch == 2 and not (2 * epoch + step) % every  # noqa: E731
+        found = reference_run(want, lambda step: method if perturbs(step) else "standard", 32, 8, 2)  # noqa: B023
+        want.load_state_dict(dict(want.state_dict()) | found)
+    one = trainer(model, method, 32, 8, 2, every=every, perturb_from_epoch=3)
+    model.register_forward_hook(lambda module, *_: passes.append(one.progress.epoch) if module.training else None)
+    list(one.fit(3))
+    assert [passes.count(epoch) for epoch in range(3)] == [4, 4, 8 if every == 1 else 6]
+    assert_same(dict(model.named_parameters()), dict(want.named_parameters()), tolerance=1e-10)
+
+
 def test_hyper_parameters_by_a_schedule():
     """The oracle with each step's own epsilon; steps are counted as the optimizer makes them."""
     model, (images, labels) = build("test_byobnet"), (part.split(8) for part in batch(32))
