@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from apart_hf.batchnorm import use_kernels
 from tests.reference import reference_step
 from tests.support.helpers import assert_same, batch, build, gradients, randomise_batchnorm
 from tests.support.oracle import HYPER, check, step
@@ -41,6 +42,19 @@ def test_part_of_a_batch_in_channels_last(name, method):
     model, (images, targets) = build(name), batch()
     model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
     check(model, images, targets, method, HYPER[method] | {"groups": 2, "ratio": 0.5})
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "name, groups", [("test_resnet", 1), ("test_resnet", 4), ("test_efficientnet", 4), ("bn1d", 4)]
+)
+@pytest.mark.parametrize("method", ["apart", "apart-sam", "ghost-bn"])
+def test_the_kernels_of_devices(method, name, groups, channels_last):
+    model, (images, targets) = build(name), batch()
+    if channels_last:
+        model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
+    with use_kernels("device"):
+        check(model, images, targets, method, HYPER[method] | {"groups": groups})
 
 
 def test_layers_whose_names_look_like_wrappers():
