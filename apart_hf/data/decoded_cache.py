@@ -148,5 +148,5 @@ def _checksum(*tensors: Tensor) -> str:
     found = xxhash.xxh3_128()
     for tensor in tensors:
         found.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-        found.update(tensor.contiguous().numpy())
+        found.update(tensor.contiguous().numpy().data)
     return found.hexdigest()
