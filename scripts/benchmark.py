@@ -61,6 +61,9 @@ def parse(prog: str) -> argparse.Namespace:
     parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--torchcompile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--kernels", choices=("auto", "cpu", "device"), default="auto", help="of batch norm; auto: those of the device"
+    )
     parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads [torch's own choice]")
     parser.add_argument("--count", action="store_true", help="count operations and copies of activations")
     parser.add_argument("--profile", type=at_least(1), metavar="STEPS", help="steps of each under torch.profiler")
@@ -81,7 +84,7 @@ def cases(args: argparse.Namespace) -> list[StepCase]:
                 f"--{flag} has {len(values)} values for {len(models)} models; give one, or one for each model."
             )
         columns.append(values * len(models) if len(values) == 1 else values)
-    names = ("num_classes", "channels_last", "amp_dtype", "torchcompile", "device")
+    names = ("num_classes", "channels_last", "amp_dtype", "torchcompile", "device", "kernels")
     return [StepCase(*values, **{name: getattr(args, name) for name in names}) for values in zip(models, *columns)]
 
 

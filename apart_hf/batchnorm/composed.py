@@ -41,7 +41,8 @@ def forward(
     # weight * (v - mu) / sigma + bias + shift * ratio, sorted by what it multiplies
     offset = torch.addcmul(bias, shift - weight, ratio) if shifted else torch.addcmul(bias, weight, ratio, value=-1)
     scale = weight * inv_sigma
-    out = torch.addcmul(offset.view(layout.vector), v, scale.view(layout.vector), out=torch.empty_like(v))
+    terms = offset.view(layout.vector), v, scale.view(layout.vector)
+    out = torch.addcmul(*terms) if v.dtype == scale.dtype else torch.addcmul(*terms, out=torch.empty_like(v))
     return Normalised(layout.back(out, x), Statistics(mu, inv_sigma, ratio, count))
 
 

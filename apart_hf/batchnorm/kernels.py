@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def forward(
     """
     if sync is not None:
         return composed.forward(x, affine, buffers, momentum, eps, grouping, shifted, sync)
-    return _chosen(x).forward(x, affine, buffers, momentum, eps, grouping, shifted)
+    return _for(x.device).forward(x, affine, buffers, momentum, eps, grouping, shifted)
 
 
 def backward(
@@ -94,8 +95,13 @@ def backward(
     """Compute the gradients for x, and for weight and bias of each group, (groups * C,) each."""
     if sync is not None:
         return composed.backward(grad_out, x, weight, saved, grouping, needs_grad_x, sync)
-    return _chosen(x).backward(grad_out, x, weight, saved, eps, grouping, needs_grad_x)
+    return _for(x.device).backward(grad_out, x, weight, saved, eps, grouping, needs_grad_x)
 
 
-def _chosen(x: Tensor) -> ModuleType:
-    return _forced or (cpu_kernels if x.device.type == "cpu" else device_kernels)
+def is_served_by_launches(device: torch.device) -> bool:
+    """Tell whether a device works through what is launched, so that whoever asks it for a number has to wait."""
+    return _for(device) is device_kernels
+
+
+def _for(device: torch.device) -> ModuleType:
+    return _forced or (cpu_kernels if device.type == "cpu" else device_kernels)

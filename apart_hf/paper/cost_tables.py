@@ -34,6 +34,7 @@ def default_file(cases: Sequence[StepCase], folder: Path = Path("results")) -> P
     first = cases[0]
     parts = [*dict.fromkeys(case.model for case in cases), "channels_last" if first.channels_last else "nchw"]
     parts += [first.amp_dtype, *(["compiled"] if first.torchcompile else []), first.device]
+    parts += [] if first.kernels == "auto" else [f"kernels_of_{first.kernels}"]
     return folder / f"cost-{re.sub(r'[^A-Za-z0-9._-]+', '_', '-'.join(parts))}.json"
 
 
@@ -70,6 +71,7 @@ def table(costs: Mapping[str, Any]) -> str:
         "channels_last" if first["channels_last"] else "NCHW",
         "compiled" if first["torchcompile"] else "eager",
         f"{first['device']} ({costs['machine']})",
+        *([] if first.get("kernels", "auto") == "auto" else [f"kernels of {first['kernels']}"]),
         f"{costs['threads']} thread{'s' if costs['threads'] > 1 else ''}",
         "freed memory kept" if costs["keeps_memory"] else "allocator as it is",
         f"torch {costs['versions']['torch']}",

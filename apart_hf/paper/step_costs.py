@@ -13,6 +13,8 @@ import timm
 import torch
 from torch import nn
 
+from apart_hf.batchnorm import use_kernels
+from apart_hf.batchnorm.kernels import KernelSet
 from apart_hf.errors import ApartError, first_line, unknown_name
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
@@ -36,6 +38,7 @@ class StepCase:
         amp_dtype: arithmetic of the forwards.
         torchcompile: compile the model.
         device: as torch names it.
+        kernels: the set of batch-norm kernels; "auto" is that of the device.
     """
 
     model: str
@@ -47,6 +50,7 @@ class StepCase:
     amp_dtype: AmpDtype = "float32"
     torchcompile: bool = False
     device: str = "cpu"
+    kernels: KernelSet = "auto"
 
 
 class Contender:
@@ -97,7 +101,8 @@ class Contender:
 
     def gradients(self) -> None:
         """Fill p.grad once, without the optimizer."""
-        self.strategy.accumulate_gradients(self.images, self.targets, self.criterion)
+        with use_kernels(self.case.kernels):
+            self.strategy.accumulate_gradients(self.images, self.targets, self.criterion)
 
     def step(self) -> None:
         """Make a whole step."""
@@ -135,7 +140,11 @@ class Contender:
         return peak / 2**20
 
     def counts(self) -> dict[str, int]:
-        """Count the operations of one `gradients`, and the copies of activations among them."""
+        """Count the operations of one `gradients`, and the copies of activations among them.
+
+        It adds to gradients that are there already: whether the first ones are made or added would count otherwise.
+        """
+        self.gradients()
         with OperationCounts(self.model) as found:
             self.gradients()
         self.optimizer.zero_grad()

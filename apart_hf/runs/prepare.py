@@ -125,7 +125,7 @@ def _make_trainer(
         ema.module.to(accelerator.device)
     steps_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
     scheduler = make_scheduler(config, optimizer, steps_per_epoch)
-    generator = torch.Generator().manual_seed(config.seed + accelerator.process_index)
+    generator = torch.Generator(accelerator.device).manual_seed(config.seed + accelerator.process_index)
     strategy = create_strategy(
         cast(MethodName, config.method),  # `check_names` knows it
         model,

@@ -17,7 +17,7 @@ from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
 from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
-from apart_hf.strategies.perturbation import processes
+from apart_hf.strategies.perturbation import draw_device, processes
 from apart_hf.strategies.state import StrategyState
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ class Algorithm(StrategyState):
     def _second_pass(self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan, weight: float) -> None:
         chosen = None
         if plan.size < plan.samples:
-            chosen = torch.randperm(plan.samples, generator=self.generator)[: plan.size]
+            device = draw_device(self.generator, self.model)
+            chosen = torch.randperm(plan.samples, generator=self.generator, device=device)[: plan.size]
         ascended = [dict(vars(p)) for p in self.perturbations] if len(plan.attempts) > 1 else []
         for attempt in plan.attempts:
             try:

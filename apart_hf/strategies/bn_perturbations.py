@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +15,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import Shared, replaced_forwards, supported_layers
 from apart_hf.errors import ApartError
-from apart_hf.strategies.perturbation import Perturbation, checked_radius, processes
+from apart_hf.strategies.perturbation import Perturbation, checked_radius, draw_device, processes
 
 # Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
 # only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest
 # noise in float32 is about 1e-6; with float16 or bfloat16 activations 99 % of it end near a quarter of their eps.
 DEAD_ZONE = 2e-6
 DEAD_ZONE_IN_16_BITS = 0.25  # of the dtype's eps
+
+
+@lru_cache(maxsize=16)
+def _by_groups(samples: int, groups: int, device: torch.device) -> Tensor:
+    """Return the samples in the order of their groups: sample i is in group i mod groups."""
+    return torch.arange(samples, device=device).view(-1, groups).t().flatten()
 
 
 class GroupStatistics(Perturbation):
@@ -105,7 +112,7 @@ class GroupStatistics(Perturbation):
         return self.groups > 1 and any(is_channels_last(p) for p in self.model.parameters())
 
     def order(self, samples: int) -> Tensor | None:
-        return torch.arange(samples).view(-1, self.groups).t().flatten() if self._in_blocks() else None
+        return _by_groups(samples, self.groups, next(self.model.parameters()).device) if self._in_blocks() else None
 
     def applied(self, samples: int) -> AbstractContextManager[None]:
         return replaced_forwards(
@@ -194,7 +201,8 @@ class RandomStatistics(GroupStatistics):
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:
         self._allocate()
-        signs = torch.randint(2, self._deltas.shape, generator=generator).to(self._deltas) * 2 - 1
+        device = draw_device(generator, self.model)
+        signs = torch.randint(2, self._deltas.shape, generator=generator, device=device).to(self._deltas) * 2 - 1
         if processes() > 1:
             dist.broadcast(signs, 0)
         self._deltas.copy_(self.epsilon * signs)
@@ -206,5 +214,6 @@ class UniformStatistics(RandomStatistics):
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:
         self._allocate()
-        noise = torch.rand(self._deltas.shape, generator=generator).to(self._deltas) * 2 - 1
+        device = draw_device(generator, self.model)
+        noise = torch.rand(self._deltas.shape, generator=generator, device=device).to(self._deltas) * 2 - 1
         self._deltas.copy_(self.epsilon * noise)

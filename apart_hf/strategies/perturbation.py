@@ -209,6 +209,11 @@ def checked_radius(name: str, value: Any, usual: str) -> float:
     return value
 
 
+def draw_device(generator: torch.Generator | None, model: nn.Module) -> torch.device:
+    """Tell where random numbers are drawn: where the generator is, or where the model is, so that nothing waits."""
+    return next(model.parameters()).device if generator is None else generator.device
+
+
 def processes() -> int:
     """Count the processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

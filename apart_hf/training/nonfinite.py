@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from apart_hf.batchnorm.kernels import is_served_by_launches
 from apart_hf.errors import ApartError
 from apart_hf.training.diagnosis import cause, training_state
 
@@ -28,17 +29,22 @@ class NonFinite(ApartError):
 
 
 class Guard:
-    """Judges every optimizer step before it is made, with one look at the device for each batch.
+    """Judges every optimizer step before it is made.
 
     A step is bad where a batch's loss, a running statistic, or a gradient is not finite. All
     processes come to the same verdict. With a gradient scaler, non-finite gradients are its own business, which lowers
     the scale and leaves the step out; loss and statistics are judged there too.
 
+    Where reading a number means to wait for the device, the verdict stays there. A run that a bad step is to end then
+    makes it, and ends where the verdict is read: every `interval` steps, before a checkpoint, and as an epoch ends.
+    Nothing is kept of what came after the bad step.
+
     Args:
         accelerator: has prepared model and optimizer.
         model, optimizer: in any wrapper.
         ema: the average of the weights, if any.
-        skip: leave bad steps out. False: the first one ends the run.
+        skip: leave bad steps out, which takes one look at the device a step. False: the first one ends the run.
+        interval: steps from one look at the device to the next, where looking means to wait.
 
     `good` is the verdict on the latest step, `skipped` counts the bad ones of an epoch, `in_a_row` the latest ones that
     were bad or left out by the gradient scaler.
@@ -52,7 +58,9 @@ class Guard:
         *,
         ema: ModelEmaV3 | None = None,
         skip: bool = False,
+        interval: int = 1,
     ):
+        self.interval = 1 if skip or not is_served_by_launches(accelerator.device) else interval
         self.accelerator, self.model, self.optimizer, self.ema, self.skip = accelerator, model, optimizer, ema, skip
         self.good, self.skipped, self.in_a_row = True, 0, 0
         self.network = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -63,6 +71,9 @@ class Guard:
         self._kept = [[b.clone() for b in alike] for alike in self._buffers]  # as they were before the step
         self._within = False  # a step, of which a batch has been seen
         self._suspect: tuple[Tensor, Tensor] | None = None
+        self._waits = is_served_by_launches(accelerator.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)  # so far, in the step
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # the first one; 0: none
 
     def before(self) -> None:
         """Prepare for a batch: a step that is left out leaves no trace in running statistics either."""
@@ -82,15 +93,46 @@ class Guard:
             NonFinite: where the run is to end.
         """
         last = self.accelerator.sync_gradients
-        if self._suspect is None and not torch.stack([loss, *self._sizes(last)]).isfinite().all():
+        finite = torch.stack([loss, *self._sizes(last)]).isfinite().all()
+        if self._waits:
+            self._finite = self._finite & finite
+        elif self._suspect is None and not finite:
             self._suspect = images, loss
         if not last:
             return False
+        if self._waits:
+            finite, self._finite = self._finite, torch.ones_like(finite)
+            if self.interval > 1:
+                self._bad_step = torch.where(~finite & (self._bad_step == 0), step, self._bad_step)
+                if step % self.interval:
+                    self._within = False
+                    return True
+                self.look(before=step)
+            self._suspect = None if finite else (images, loss)
         self.good = not self._anywhere(self._suspect is not None)
         if not self.good:
             self._leave_out(step, *(self._suspect or (images, loss)))
         self._within, self._suspect = False, None
         return self.good
+
+    def look(self, before: int | None = None) -> None:
+        """Ask the device for the first bad step so far.
+
+        Args:
+            before: a step that is judged elsewhere; None: all of them count.
+
+        Raises:
+            NonFinite: where there was one on any process.
+        """
+        if self.interval == 1:
+            return
+        found = [step for step in gather_object([int(self._bad_step)]) if step and (before is None or step < before)]
+        if found:
+            raise NonFinite(
+                f"step {min(found)}: its loss, a running statistic or the gradient was not finite, which was seen "
+                f"{f'at step {before}' if before else 'when the step was over'}, at learning rate {self._lr():g}; "
+                "--log-interval 1 says where."
+            )
 
     def after(self, step: int) -> None:
         """Look at the gradient scaler after the optimizer's step.
@@ -114,6 +156,7 @@ class Guard:
         Raises:
             NonFinite: where any of it is not finite.
         """
+        self.look()
         bad = next((name for name in gather_object([self._first_bad()]) if name is not None), None)
         if bad is not None:
             raise NonFinite(f"after step {step}, at learning rate {self._lr():g}, {bad} is not finite.")
@@ -135,6 +178,7 @@ class Guard:
         Raises:
             NonFinite: where no sample of it was `seen` in a step that was made.
         """
+        self.look()
         if not seen:
             raise NonFinite(f"step {step}: the whole epoch had no step with finite loss and gradient.")
 

@@ -16,6 +16,7 @@ from apart_hf.training.epoch_metrics import TrainedEpoch
 from apart_hf.utils.progress_bar import is_watched, progress_bar
 
 _log = logging.getLogger(__name__)
+SECONDS = 1.0  # between two looks of a bar at the device
 
 
 class Progress:
@@ -53,8 +54,9 @@ class Progress:
             output: (M, classes) logits.
             labels: (M,) class indices.
         """
+        samples = len(labels)
         hits = (output.argmax(-1) == labels).sum()
-        self._of_step += torch.stack([loss * len(labels), hits, hits.new_tensor(len(labels))]).to(self._of_step)
+        self._of_step += torch.stack([loss * samples, hits, torch.full_like(hits, samples)]).to(self._of_step)
 
     def end_step(self, made: bool) -> None:
         """Take the batches of a step into the sums where it was `made`, and forget them where it was left out."""
@@ -110,7 +112,7 @@ class EpochReport:
         self.first = self._shown = progress.batch
         self._totals = progress.begin_epoch()
         self._seen_before = self._totals[2].item()
-        self._start = time.perf_counter()
+        self._start = self._shown_at = time.perf_counter()
         self._bar: Any = None
 
     def over(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -124,13 +126,14 @@ class EpochReport:
     def show(self, batch: int, lr: float) -> bool:
         """Say how it goes and the learning rate, where that is due after a batch; return whether it was."""
         since = batch - self._shown
-        if since < self.interval and not (self.has_bar and since >= 5):
+        now = time.perf_counter()
+        if since < self.interval and not (self.has_bar and now - self._shown_at >= SECONDS):
             return False
         loss_sum, correct, seen = self._totals.tolist()
         rate = (seen - self._seen_before) * self.accelerator.num_processes / (time.perf_counter() - self._start)
         seen = seen or math.nan  # every step so far was left out
         figures = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f} %, lr {lr:.3g}, {rate:.0f} images/s"
-        self._shown = batch
+        self._shown, self._shown_at = batch, now
         if self.has_bar:
             self._bar.set_postfix_str(figures)
         else:

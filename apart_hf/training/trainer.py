@@ -78,7 +78,14 @@ class Trainer:
     figures: StepFigures | None = None
 
     def __post_init__(self) -> None:
-        self.guard = Guard(self.accelerator, self.model, self.optimizer, ema=self.ema, skip=self.skip_nonfinite)
+        self.guard = Guard(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            ema=self.ema,
+            skip=self.skip_nonfinite,
+            interval=self.log_interval,
+        )
         self.progress = Progress(self.accelerator.device)
         self._random: dict[str, Any] | None = None  # to go on from within an epoch
 

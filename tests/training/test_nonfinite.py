@@ -5,41 +5,15 @@ import socket
 
 import pytest
 import torch
-from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from apart_hf import create_strategy
 from apart_hf.training import nonfinite
 from apart_hf.training.nonfinite import NonFinite
-from apart_hf.training.trainer import Trainer
-from tests.support.helpers import assert_same, batch, build
-from tests.support.oracle import HYPER
+from tests.support.helpers import assert_same, build
 from tests.support.ranks import on_two_ranks
-
-SIZE = 8  # of a batch
-
-
-def trainer(model, data, method="apart", accumulated=1, opt=torch.optim.SGD, **more):
-    """Over the batches `data`, each (images, labels), in order; evaluated on another one."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
-    loaders = [
-        torch.utils.data.DataLoader([(image, int(label)) for batch in part for image, label in zip(*batch)], SIZE)
-        for part in (data, batches(1))
-    ]
-    optimizer = opt(model.parameters(), lr=0.01, **({"momentum": 0.9} if opt is torch.optim.SGD else {}))
-    model, optimizer, *loaders = accelerator.prepare(model, optimizer, *loaders)
-    strategy = create_strategy(method, model, accelerator=accelerator, **HYPER.get(method, {}))
-    return Trainer(accelerator, model, strategy, optimizer, None, cross_entropy, *loaders, **more)
-
-
-def batches(number, bad=()):
-    """So many, those numbered `bad` with an infinite pixel."""
-    made = [batch(SIZE, seed=k) for k in range(number)]
-    for k in bad:
-        made[k][0][1, 2, 3, 4] = torch.inf
-    return made
+from tests.support.trainers import batches, trainer
 
 
 def everything(one):
