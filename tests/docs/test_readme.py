@@ -73,7 +73,7 @@ def test_every_table_command_parses(capsys, tmp_path):
     assert len(found) == 4
     for arguments in found:
         reproduce.main([*arguments, "--dry-run", "--results", str(tmp_path)])
-    assert capsys.readouterr().out.count("apart-hf train --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 4
+    assert capsys.readouterr().out.count("apart-hf train --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 5
 
 
 def test_every_flag_exists(capsys):
