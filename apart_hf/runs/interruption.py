@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop: it finishes its step and writes a checkpoint; a second one stops it at once."""
+"""Signals, and a limit of time, that stop a run: it finishes its step and writes a checkpoint.
+
+A second signal stops it at once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from apart_hf.errors import ApartError
+from apart_hf.runs.time_limit import TimeLimit
 from apart_hf.utils.processes import SIGNALS, from_main_process
 
 if TYPE_CHECKING:
@@ -52,21 +56,32 @@ def noticing_lost_processes() -> Iterator[None]:
 
 
 class StopRequest:
-    """Knows whether any process of the run was asked to stop.
+    """Knows whether any process of the run was asked to stop, or has no time for more.
 
     Args:
         accelerator: of the run; None: there is none yet.
+        limit: of the run's time; None: there is none.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None):
+    def __init__(self, accelerator: Accelerator | None = None, limit: TimeLimit | None = None):
         self.accelerator, self.name, self.patient, self.at_once = accelerator, "", False, False
+        self.limit, self.time_is_over = limit, False
 
     def __bool__(self) -> bool:
         """Tell whether to stop, asked of all processes at the same step, so that they stop together."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
-            return bool(self.name)
-        asked = torch.tensor(int(bool(self.name)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum"))
+            return bool(self.name) or self.time_is_over
+        asked = torch.tensor([int(bool(self.name)), int(self.time_is_over)], device=self.accelerator.device)
+        signals, limits = self.accelerator.reduce(asked, "sum").tolist()
+        self.time_is_over = limits > 0 and not signals
+        return signals + limits > 0
+
+    @property
+    def cause(self) -> str:
+        """Say what the run was stopped by."""
+        if self.name or self.limit is None or not self.time_is_over:
+            return self.name or "a signal to another process"
+        return f"--time-limit {self.limit.text}"
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -120,7 +135,24 @@ class Schedule:
     def __init__(self, interval: tuple[int | None, float | None], run: Run):
         self.steps, self.seconds = interval
         self.run, self.stop, self.progress = run, run.stop, run.trainer.progress
+        self.limit = run.stop.limit
         self.last = time.monotonic()
+
+    def begin(self) -> None:
+        """Look, before the first step, whether there is time for one.
+
+        Raises:
+            Interrupted: where there is none.
+        """
+        if self.limit is None:
+            return
+        self.limit.begin()
+        self.stop.time_is_over = self.limit.is_short_for_a_step()
+        if self.stop:
+            raise Interrupted(
+                f"stopped by {self.stop.cause} before a training step: it took {self.limit.prepared:.0f} s to prepare "
+                f"the run, and {max(0.0, self.limit.left):.0f} s are left; more time is needed."
+            )
 
     def __call__(self) -> None:
         """Save where that is due.
@@ -128,20 +160,47 @@ class Schedule:
         Raises:
             Interrupted: after the checkpoint of a run that is to stop.
         """
+        measured = self._measure_step()
         stopping = bool(self.stop)
-        if stopping or self._due():
+        if stopping or self._due() or not measured:
+            began = time.monotonic()
             self.run.save()
             self.last = time.monotonic()
+            if self.limit is not None:
+                self.limit.end_checkpoint(self.last - began)
         if stopping:
             raise self._interrupted()
+        if self.limit is not None:
+            self.limit.resume()
 
-    def check(self) -> None:
+    def _measure_step(self) -> bool:
+        """Ask the limit, where there is one, whether there is time for what follows; tell whether it can know."""
+        if self.limit is None:
+            return True
+        self.limit.end_step()
+        ending = self.run.epoch_ends()
+        if ending is None:
+            self.stop.time_is_over = self.limit.is_short_for_a_step()
+        else:
+            images, last = ending
+            self.stop.time_is_over = self.limit.is_short_for_the_end_of_an_epoch(images=images, last=last)
+        return self.limit.knows_checkpoints
+
+    def check(self, *, evaluated: bool, done: bool) -> None:
         """Look, after an epoch whose checkpoint has been written, whether the run is to stop.
 
+        Args:
+            evaluated: whether the epoch was evaluated.
+            done: whether nothing is left to train; the time that is left then does not stop the run.
+
         Raises:
-            Interrupted: where it is.
+            Interrupted: where it is to stop.
         """
         self.last = time.monotonic()
+        if self.limit is not None:
+            self.limit.end_epoch(evaluated)
+            self.stop.time_is_over = not done and self.limit.is_short_for_a_step()
+            self.limit.resume()
         if self.stop:
             raise self._interrupted()
 
@@ -156,7 +215,6 @@ class Schedule:
     def _interrupted(self) -> Exception:
         kept, _ = from_main_process(self.run.accelerator, self.run.checkpoints.newest)
         steps = self.progress.steps
-        name = self.stop.name or "a signal to another process"
         if kept is None:
-            return ApartError(f"stopped by {name} after step {steps}, and no checkpoint could be written.")
-        return Interrupted(f"stopped by {name} after step {steps}; the last checkpoint is {kept}.")
+            return ApartError(f"stopped by {self.stop.cause} after step {steps}, and no checkpoint could be written.")
+        return Interrupted(f"stopped by {self.stop.cause} after step {steps}; the last checkpoint is {kept}.")

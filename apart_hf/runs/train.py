@@ -10,6 +10,7 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.runs.failures import is_out_of_memory, out_of_memory
 from apart_hf.runs.interruption import StopRequest, noticing_lost_processes
 from apart_hf.runs.prepare import prepare
+from apart_hf.runs.time_limit import TimeLimit
 
 
 @noticing_lost_processes()
@@ -35,7 +36,7 @@ def train(config: TrainConfig) -> Path:
     """
     check_names(config)
     config = fill_defaults(config)
-    stop = StopRequest()
+    stop = StopRequest(limit=TimeLimit.of(config))
     try:
         with stop.listening():
             run = prepare(config, stop)
