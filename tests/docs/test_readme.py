@@ -56,7 +56,7 @@ def test_every_analyse_command_parses(monkeypatch):
     monkeypatch.setattr(analyse, "_run", parsed.append)
     for arguments in commands("analyse"):
         analyse.main(arguments)
-    assert [args.figure for args in parsed] == ["attack", "robustness"]
+    assert [args.figure for args in parsed] == ["attack", "robustness", "corruptions"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,7 @@ def test_every_flag_exists(capsys):
         (validate.main,),
         (analyse.main, "attack"),
         (analyse.main, "robustness"),
+        (analyse.main, "corruptions"),
     ):
         with pytest.raises(SystemExit):
             command([*figure, "--help"])
