@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from apart_hf.errors import ApartError
-from apart_hf.runs.time_limit import TimeLimit
+from apart_hf.runs.time_limit import MARGIN, TimeLimit
 from apart_hf.utils.processes import SIGNALS, from_main_process
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator | None = None, limit: TimeLimit | None = None):
         self.accelerator, self.name, self.patient, self.at_once = accelerator, "", False, False
-        self.limit, self.time_is_over = limit, False
+        self.limit, self.time_is_over, self.nothing_to_lose = limit, False, False
 
     def __bool__(self) -> bool:
         """Tell whether to stop, asked of all processes at the same step, so that they stop together."""
@@ -88,19 +88,27 @@ class StopRequest:
         """Note the first signal within the block, and leave the second one its usual effect.
 
         Raises:
-            Interrupted: at once where nobody waits for the end of a step, see `noting`.
+            Interrupted: at once where nobody waits for the end of a step, see `noting`; also where the time is over.
         """
 
         def note(number: int, frame: FrameType | None) -> None:
             self.name = signal.Signals(number).name
-            for one, usual in before.items():
+            for one, usual in ((one, usual) for one, usual in before.items() if one in SIGNALS):
                 signal.signal(one, signal.SIG_DFL if one is not signal.SIGINT else usual)
             if not self.patient:
                 self.at_once = True
                 raise KeyboardInterrupt  # which libraries let through
 
+        def alarm(number: int, frame: FrameType | None) -> None:
+            if not self.patient or self.nothing_to_lose:
+                self.time_is_over = self.at_once = True
+                raise KeyboardInterrupt
+
         try:
             before = {number: signal.signal(number, note) for number in SIGNALS}
+            if self.limit is not None:
+                before[signal.SIGALRM] = signal.signal(signal.SIGALRM, alarm)
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, self.limit.left - MARGIN))
         except ValueError:  # not in the main thread: signals are somebody else's
             yield
             return
@@ -109,8 +117,12 @@ class StopRequest:
         except KeyboardInterrupt:
             if not self.at_once:
                 raise
-            raise Interrupted(f"stopped by {self.name} between training steps.") from None
+            early = self.limit is not None and self.time_is_over and not self.limit.has_begun
+            where = self.limit.too_short if early and self.limit else "between training steps."
+            raise Interrupted(f"stopped by {self.cause} {where}") from None
         finally:
+            if self.limit is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -149,10 +161,7 @@ class Schedule:
         self.limit.begin()
         self.stop.time_is_over = self.limit.is_short_for_a_step()
         if self.stop:
-            raise Interrupted(
-                f"stopped by {self.stop.cause} before a training step: it took {self.limit.prepared:.0f} s to prepare "
-                f"the run, and {max(0.0, self.limit.left):.0f} s are left; more time is needed."
-            )
+            raise Interrupted(f"stopped by {self.stop.cause} {self.limit.too_short}")
 
     def __call__(self) -> None:
         """Save where that is due.
@@ -160,9 +169,9 @@ class Schedule:
         Raises:
             Interrupted: after the checkpoint of a run that is to stop.
         """
-        measured = self._measure_step()
+        needs_one = self._measure_step()
         stopping = bool(self.stop)
-        if stopping or self._due() or not measured:
+        if stopping or self._due() or needs_one:
             began = time.monotonic()
             self.run.save()
             self.last = time.monotonic()
@@ -171,20 +180,37 @@ class Schedule:
         if stopping:
             raise self._interrupted()
         if self.limit is not None:
+            self.stop.nothing_to_lose = needs_one and self.run.epoch_ends() is not None
             self.limit.resume()
 
     def _measure_step(self) -> bool:
-        """Ask the limit, where there is one, whether there is time for what follows; tell whether it can know."""
+        """Ask the limit, where there is one, whether there is time for what follows.
+
+        Returns:
+            Whether a checkpoint is needed: to measure what one takes, or since nobody knows yet what the end of an
+            epoch takes. That then is begun, and broken off where the time is over.
+        """
         if self.limit is None:
-            return True
+            return False
         self.limit.end_step()
-        ending = self.run.epoch_ends()
-        if ending is None:
-            self.stop.time_is_over = self.limit.is_short_for_a_step()
-        else:
+        ending, short = self.run.epoch_ends(), self.limit.is_short_for_a_step()
+        needs_one = not self.limit.knows_checkpoints
+        if ending is not None:
             images, last = ending
-            self.stop.time_is_over = self.limit.is_short_for_the_end_of_an_epoch(images=images, last=last)
-        return self.limit.knows_checkpoints
+            ends_late = self.limit.is_short_for_the_end_of_an_epoch(images=images, last=last)
+            if self.limit.knows_the_end_of_an_epoch(evaluated=images is not None):
+                short = ends_late
+            else:
+                needs_one = needs_one or ends_late
+        self.stop.time_is_over = short
+        return self._of_any(needs_one)
+
+    def _of_any(self, needed: bool) -> bool:
+        """Tell whether something is needed by any process: their clocks differ, and all save together."""
+        accelerator = self.run.accelerator
+        if accelerator.num_processes == 1:
+            return needed
+        return bool(accelerator.reduce(torch.tensor(int(needed), device=accelerator.device), "sum"))
 
     def check(self, *, evaluated: bool, done: bool) -> None:
         """Look, after an epoch whose checkpoint has been written, whether the run is to stop.
@@ -197,6 +223,7 @@ class Schedule:
             Interrupted: where it is to stop.
         """
         self.last = time.monotonic()
+        self.stop.nothing_to_lose = False
         if self.limit is not None:
             self.limit.end_epoch(evaluated)
             self.stop.time_is_over = not done and self.limit.is_short_for_a_step()

@@ -24,7 +24,7 @@ class TimeLimit:
 
     def __init__(self, seconds: float, text: str):
         self.text = text
-        self.prepared: float | None = None  # seconds of this process until training began
+        self.has_begun = False
         self._end = time.monotonic() + seconds - age()
         self._steps: deque[float] = deque(maxlen=_STEPS)
         self._first: float | None = None
@@ -45,13 +45,22 @@ class TimeLimit:
         return self._end - time.monotonic()
 
     @property
+    def too_short(self) -> str:
+        """Say that no step can be made."""
+        return f"before a training step: preparing the run has taken {age():.0f} s of it; more time is needed."
+
+    @property
     def knows_checkpoints(self) -> bool:
         """Tell whether a checkpoint has been measured."""
         return self._checkpoint is not None
 
+    def knows_the_end_of_an_epoch(self, *, evaluated: bool) -> bool:
+        """Tell whether what follows the last step of an epoch has been measured."""
+        return evaluated in self._closing
+
     def begin(self) -> None:
         """Note that training begins."""
-        self.prepared = age()
+        self.has_begun = True
         self.resume()
 
     def resume(self) -> None:

@@ -1,5 +1,6 @@
 """A run with --time-limit stops at a checkpoint in time, counted from the start of its process, and goes on exactly."""
 
+import signal
 import time
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ AGE, STEP, SAVE, EVALUATION = 4.0, 1.0, 2.0, 3.0
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that steps, checkpoints and evaluations alone move; the process is `AGE` old when it begins."""
-    clock = SimpleNamespace(now=0.0, steps=0)
+    clock = SimpleNamespace(now=0.0, steps=0, alarm=float("inf"))
     ours = SimpleNamespace(monotonic=lambda: clock.now, sleep=time.sleep)
     for module in ("time_limit", "interruption"):
         monkeypatch.setattr(f"apart_hf.runs.{module}.time", ours)
@@ -36,6 +37,8 @@ def clock(monkeypatch):
         def longer(self, *arguments, **named):
             clock.now += seconds
             clock.steps += kind is Trainer and name == "train_step"
+            if clock.now > clock.alarm:
+                signal.raise_signal(signal.SIGALRM)
             return call(self, *arguments, **named)
 
         monkeypatch.setattr(kind, name, longer)
@@ -48,11 +51,11 @@ def clock(monkeypatch):
 
 def steps_made(clock, limit, config):
     """Train until the limit stops it; how many steps that were, and the seconds that were left. None: it finished."""
-    clock.now, clock.steps = 0.0, 0
+    clock.now, clock.steps, clock.alarm = 0.0, 0, limit - AGE - MARGIN
     try:
         train(config)
     except Interrupted as stopped:
-        assert str(stopped).startswith(f"stopped by --time-limit {limit}s after step "), stopped
+        assert str(stopped).startswith(f"stopped by --time-limit {limit}s "), stopped
         return clock.steps, limit - AGE - clock.now
     return None
 
@@ -65,11 +68,11 @@ def test_it_stops_in_time_and_goes_on_exactly(more, trained, little, tmp_path, c
         parts.append(found)
         assert len(parts) < 10
         _, left = found
-        assert left >= MARGIN  # the checkpoint is written, and the margin is there
+        assert left >= MARGIN - EVALUATION  # this clock tells only at its end that one takes too long
         # neither was one step given away: another one, with its checkpoint, or the epoch's end, would not have fitted
         assert left - SAVE - STEP < MARGIN + SAFETY * (STEP + EVALUATION + 2 * SAVE) + time_limit.PICTURES
         assert damage(latest(tmp_path / "run")) is None
-    assert len(parts) >= 2 and all(steps >= 1 for steps, _ in parts)
+    assert len(parts) >= 2 and sum(steps for steps, _ in parts) >= 9
     assert_equal_runs(trained, tmp_path / "run")
 
 
@@ -118,12 +121,15 @@ def test_a_limit_that_is_over_before_the_first_step(little, tmp_path, capsys):
         main([*flags, "--experiment", "run", "--time-limit", "1s"])
     error = capsys.readouterr().err
     assert ended.value.code == EXIT_CODE and error.count("\n") == 1
-    assert "stopped by --time-limit 1s before a training step: it took " in error and "more time is needed" in error
+    assert (
+        "stopped by --time-limit 1s before a training step: preparing the run has taken " in error
+        and "more time is needed" in error
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_stopped(trained_here, little, tmp_path, clock):
-    assert train(settings(little, tmp_path, time_limit="1s", resume="auto")) == trained_here
+    assert train(settings(little, tmp_path, time_limit="60s", resume="auto")) == trained_here
 
 
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200)])
@@ -203,3 +209,36 @@ def test_two_processes_end_before_their_limit(little, tmp_path):
     assert [process.returncode for process in ranks] == [EXIT_CODE, EXIT_CODE], errors
     assert "stopped by --time-limit 25s after step" in errors[0] and errors[1] == ""
     assert {file.name for file in latest(tmp_path / "run").iterdir()} >= {"process-0.pt", "process-1.pt"}
+
+
+def test_preparing_is_broken_off(little, tmp_path, monkeypatch):
+    """By an alarm: nobody looks at the clock while data are loaded."""
+    monkeypatch.setattr(time_limit, "age", lambda: 0.0)
+    monkeypatch.setattr("apart_hf.runs.prepare.load_image_data", lambda settings: time.sleep(60))
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match=r"stopped by --time-limit 6s before a training step: .*more time is needed"):
+        train(settings(little, tmp_path, time_limit="6s"))
+    assert 0.5 < time.monotonic() - began < 20 and not (tmp_path / "run").exists()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_first_end_of_an_epoch_is_tried_and_broken_off(trained, little, tmp_path, clock, monkeypatch):
+    """What it takes is not known, so a checkpoint is written before; the run then goes on from its evaluation."""
+    evaluate = Trainer.evaluate
+
+    def endless(self, *some):
+        signal.raise_signal(signal.SIGALRM)  # the clock on the wall is another one here
+        return evaluate(self, *some)
+
+    limit = 4 + 9 + 2 + 14  # nine steps and a checkpoint; the end might take 5 + 1.5 (30 / 8 + 1 + 2) s
+    config = settings(little, tmp_path, checkpoint_every=None, time_limit=f"{limit}s", resume="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", endless)
+        with pytest.raises(Interrupted, match=rf"stopped by --time-limit {limit}s between training steps"):
+            train(config)
+    assert latest(tmp_path / "run").name == "step-00000009" and damage(latest(tmp_path / "run")) is None
+    assert clock.steps == 9
+    clock.now = -1000.0
+    train(settings(little, tmp_path, resume="auto"))
+    assert clock.steps == 18
+    assert_equal_runs(trained, tmp_path / "run")
