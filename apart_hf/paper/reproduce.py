@@ -125,10 +125,10 @@ def _limited(request: TableRequest, limit: TimeLimit, where: str) -> list[str]:
     """Return the flags that give a run what is left of the time.
 
     Raises:
-        Interrupted: where nothing is left.
+        Interrupted: where less is left than a process takes to start.
     """
     seconds = int(limit.left - HANDING_OVER - (LAUNCHING if request.launcher != (sys.executable,) else 0.0))
-    if seconds < 1:
+    if seconds < max(1.0, limit.start_up):
         raise Interrupted(f"stopped by --time-limit {limit.text} {where}")
     return ["--time-limit", f"{seconds}s"]
 

@@ -20,11 +20,14 @@ class TimeLimit:
     Args:
         seconds: from the start of this process to when all must be written.
         text: the limit as the user gave it.
+
+    `start_up` is how old the process was when this was made: the imports of another one take about as long.
     """
 
     def __init__(self, seconds: float, text: str):
         self.text = text
         self.has_begun = False
+        self.start_up = age()
         self._end = time.monotonic() + seconds - age()
         self._steps: deque[float] = deque(maxlen=_STEPS)
         self._first: float | None = None

@@ -134,11 +134,15 @@ def limited(tmp_path, *flags):
     main([*rows.split(), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs"), *flags])
 
 
-@pytest.mark.parametrize("launcher, kept", [([], 2), (["--launcher", "torchrun --nproc-per-node 1"], 12)])
-def test_a_limit_is_over_all_runs(launcher, kept, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "launcher, kept, total",
+    # of the last case 6 s are left, and a process takes 7 to start
+    [([], 2, 92), (["--launcher", "torchrun --nproc-per-node 1"], 12, 92), ([], 2, 99)],
+)
+def test_a_limit_is_over_all_runs(launcher, kept, total, tmp_path, monkeypatch, capsys):
     """Each run gets what is left of the time since the start of this process, and none is begun without any."""
     given, clock = [], [0.0]
-    monkeypatch.setattr("apart_hf.runs.time_limit.age", lambda: 5.0)
+    monkeypatch.setattr("apart_hf.runs.time_limit.age", lambda: 7.0)
     monkeypatch.setattr("apart_hf.runs.time_limit.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("apart_hf.paper.reproduce._result", lambda job, *_: {"run": job.name})
     monkeypatch.setattr("apart_hf.paper.reproduce.add_result", lambda *_: None)
@@ -150,12 +154,12 @@ def test_a_limit_is_over_all_runs(launcher, kept, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr("apart_hf.paper.reproduce._start", start)
     with pytest.raises(SystemExit) as ended:
-        limited(tmp_path, "--time-limit", "90s", *launcher)
-    assert given == [["--time-limit", f"{90 - 5 - used - kept}s"] for used in (0, 42)]
+        limited(tmp_path, "--time-limit", f"{total}s", *launcher)
+    assert given == [["--time-limit", f"{total - 7 - used - kept}s"] for used in (0, 42)]
     error = capsys.readouterr().err
     assert ended.value.code == 75 and error.count("\n") == 1
     name = "cifar100-wide_resnet40_2-apart-smoke-0"
-    assert f"stopped by --time-limit 90s before {name}; 1 of 3 runs are left. To go on: the same command." in error
+    assert f"stopped by --time-limit {total}s before {name}; 1 of 3 runs are left. To go on: the same command." in error
 
 
 def test_a_run_that_its_limit_stopped_stops_the_table(tmp_path, monkeypatch, capsys):
