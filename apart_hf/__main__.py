@@ -31,6 +31,7 @@ COMMANDS = {
     "validate": Command("validate", "measure a trained model again, and compare with what it claims"),
     "push": Command("push_to_hub", "publish a run, or a folder in timm's form, on the Hub"),
     "pull": Command("pull", "fetch a released model, or a repository of the Hub, into a folder"),
+    "pack": Command("pack", "write a dataset as arrays, to be read without the package datasets"),
     "reproduce": Command("reproduce", "run a table of the paper, or the study, and render it"),
     "analyse": Command("analyse", "make Figures 1 and 2 of the paper for trained models"),
     "list": Command("list", "show the methods, recipes, datasets and released models"),

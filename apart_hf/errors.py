@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_SHOWN = 3  # names in a message
 
 
 class ApartError(ValueError):
@@ -50,3 +52,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], more: str = "") -> 
     else:
         cure = f"{len(known)} are known; none has a similar name."
     return ApartError(f"unknown {kind} {name!r}: {cure} {more}".rstrip())
+
+
+def shown(names: Sequence[str], kind: str) -> str:
+    """Write "4 folders (a, b, c, ...)", for messages; `kind` is one of them, in English."""
+    more = ", ..." if len(names) > _SHOWN else ""
+    plural = "" if len(names) == 1 else "es" if kind.endswith("s") else "s"
+    return f"{len(names)} {kind}{plural} ({', '.join(names[:_SHOWN])}{more})"

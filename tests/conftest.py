@@ -25,9 +25,7 @@ import gc
 import shutil
 from pathlib import Path
 
-import datasets
 import huggingface_hub
-import hypothesis
 import pytest
 import torch
 
@@ -41,7 +39,16 @@ from tests.support.hub_server import HubServer
 from tests.support.markers import python_is_started_by_marked_tests
 from tests.support.settings import settings
 
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
+try:
+    import datasets
+    import hypothesis
+except ImportError:  # tests/gpu needs neither
+    pass
+else:
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # after each pass over a shuffled stream; usually 5 s
+    # how long an example takes says nothing on a machine that is shared
+    hypothesis.settings.register_profile("shared machine", deadline=None)
+    hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_addoption(parser):
@@ -69,11 +76,6 @@ def pytest_collection_finish():
 def pytest_runtest_protocol(item):
     with python_is_started_by_marked_tests(item):
         return (yield)
-
-
-# how long an example takes says nothing on a machine that is shared
-hypothesis.settings.register_profile("shared machine", deadline=None)
-hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,10 @@
-"""The command that makes Figures 1 and 2 of the paper: apart-hf analyse attack --checkpoint user/name"""
+"""The command that makes figures of trained models: apart-hf analyse attack --checkpoint user/name"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from apart_hf.cli.analysis_output import data_name, model_labels, new_files
+from apart_hf.cli.corruptions import add_corruptions
 from apart_hf.cli.image_options import add_image_options, measured_images, plain_batches
 from apart_hf.data import Loaders
 from apart_hf.errors import ApartError
@@ -47,13 +47,16 @@ def _list_of(kind: Callable[[str], Any], least: float) -> Callable[[str], list]:
 
 
 def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
-    parser = Parser(prog=prog, description="Accuracy of trained models under perturbed BN statistics, as PNG and CSV.")
+    parser = Parser(
+        prog=prog, description="Accuracy of trained models under perturbed BN statistics, and on corrupted images."
+    )
     commands = parser.add_subparsers(metavar="FIGURE", dest="figure", required=True)
     one = commands.add_parser("attack", help="Figure 1: training accuracy after APART's attack by one batch")
     many = commands.add_parser("robustness", help="Figure 2: test accuracy with scaled running statistics")
-    one.set_defaults(measure=_attack, plot=plot_attack, only="train", label=None)
-    many.set_defaults(measure=_robustness, plot=plot_robustness, only="val")
+    one.set_defaults(run=_figure, measure=_attack, plot=plot_attack, only="train", label=None)
+    many.set_defaults(run=_figure, measure=_robustness, plot=plot_robustness, only="val")
     what = "a run or exported folder, a repository user/name, or a model that comes with apart_hf"
+    add_corruptions(commands, what)
     one.add_argument("--checkpoint", required=True, nargs=1, metavar="NAME", help=what)
     one.add_argument(
         "--groups",
@@ -105,22 +108,20 @@ def _run(args: argparse.Namespace) -> None:
     if accelerator.num_processes > 1:
         raise ApartError(f"{accelerator.num_processes} processes were started, and one measures; leave the launcher.")
     use_threads(None, 1)
-    labels, output = _labels(args), Path(args.output)
-    made_here = [folder for folder in (output, *output.parents) if not folder.exists()]
-    table, picture = _files(args)
-    try:
+    args.run(args, accelerator)
+
+
+def _figure(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Make Figure 1 or 2."""
+    labels = model_labels(args)
+    with new_files(args, "csv", "png") as (table, picture):
         rows = _measured(args, labels, accelerator)
-    except ApartError:
-        with contextlib.suppress(OSError):
-            for folder in made_here:
-                folder.rmdir()
-        raise
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    images, data = rows[0]["images"], Path(args.data_dir).resolve().name if args.data_dir else args.dataset
-    args.plot(rows, picture, f"{images} images of {data}")
+    images = rows[0]["images"]
+    args.plot(rows, picture, f"{images} images of {data_name(args)}")
     print(f"{images} images, {len(rows)} accuracies; written: {table} and {picture}")
 
 
@@ -132,32 +133,6 @@ def _measured(args: argparse.Namespace, labels: list[str], accelerator: Accelera
         progress = progress_bar(batches, label, unit="batch")
         rows += [{"model": label, **row} for row in args.measure(args, model, progress)]
     return rows
-
-
-def _labels(args: argparse.Namespace) -> list[str]:
-    """Name the models as figure and table call them."""
-    labels = args.label or [Path(checkpoint).resolve().name for checkpoint in args.checkpoint]
-    if len(labels) != len(args.checkpoint) or len(set(labels)) < len(labels):
-        raise ApartError(
-            f"{len(args.checkpoint)} checkpoints are labelled {', '.join(labels)}; give each a --label of its own."
-        )
-    return labels
-
-
-def _files(args: argparse.Namespace) -> list[Path]:
-    """Name the table and the picture to write, in a folder that is there."""
-    folder = Path(args.output)
-    files = [folder / f"{args.figure}.{kind}" for kind in ("csv", "png")]
-    try:
-        for file in files:
-            if file.exists():
-                raise ApartError(f"{file} exists already; choose another --output, or remove it.")
-        folder.mkdir(parents=True, exist_ok=True)
-        files[0].touch()  # rather now than when all is measured
-        files[0].unlink()
-    except OSError as error:
-        raise ApartError(f"cannot write {folder}: {error.strerror}; choose another --output.") from error
-    return files
 
 
 def _load(args: argparse.Namespace, checkpoint: str, accelerator: Accelerator) -> tuple[nn.Module, DataLoader]:

@@ -8,20 +8,16 @@ from typing import Literal
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from apart_hf.data import DATASETS, DataSettings, ImageData, LoaderSettings, load_image_data
+from apart_hf.cli.dataset_options import add_dataset_options
+from apart_hf.data import DataSettings, ImageData, LoaderSettings, load_image_data
 from apart_hf.models import num_classes, pretrained_cfg
 from apart_hf.utils.command_line import at_least
 
 
 def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-split") -> None:
     """Add the options that `measured_images` and `plain_batches` read."""
-    parser.add_argument("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a Hub id [demo]")
-    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset [its only one]")
-    parser.add_argument("--data-dir", metavar="DIR", help="local folder instead")
+    add_dataset_options(parser)
     parser.add_argument(split_flag, dest="split", metavar="NAME", help="split to measure on [found]")
-    parser.add_argument("--input-key", metavar="NAME", help="column of the images [found]")
-    parser.add_argument("--target-key", metavar="NAME", help="column of the class indices [found]")
-    parser.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="[error]")
     parser.add_argument("-b", "--batch-size", type=at_least(1), default=128, metavar="N", help="[128]")
     parser.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="loader processes [0]")
     parser.add_argument("--no-mallopt", action="store_true", help="leave the thresholds of glibc's allocator")

@@ -32,7 +32,8 @@ def _run(args: argparse.Namespace) -> None:
         return
     try:
         print(render_table(request) if args.render else reproduce(request), flush=True)
-    except Interrupted:
+    except Interrupted as stopped:
+        print(f"{stopped} To go on: the same command.", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
 
@@ -63,6 +64,7 @@ def request_of(args: argparse.Namespace) -> TableRequest:
         args.output,
         tuple(launcher),
         tuple(args.more),
+        args.time_limit,
     )
 
 
@@ -105,6 +107,12 @@ def _arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
         metavar="COMMAND",
         help='starts a run, for instance "accelerate launch --multi_gpu"; the batch size is that of a '
         "process [this Python]",
+    )
+    parser.add_argument(
+        "--time-limit",
+        metavar="N[s|m|h]",
+        help="stop all runs at a checkpoint before so much time has passed since this process was started, with exit "
+        "code 75; the same command goes on [none]",
     )
     parser.add_argument("--render", action="store_true", help="only render what is there")
     parser.add_argument(

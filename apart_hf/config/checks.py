@@ -34,6 +34,7 @@ def check_values(config: TrainConfig) -> None:
     _check_lists(config)
     check_together(config)
     config.checkpoint_interval  # noqa: B018  raises where it cannot be read
+    config.time_limit_seconds  # noqa: B018  likewise
     name = config.experiment
     if name is not None and (name == ".." or Path(name).name != name):
         raise ApartError(f"--experiment {name!r}: must be a plain folder name; its parent is --output.")

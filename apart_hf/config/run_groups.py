@@ -112,6 +112,13 @@ class RunGroup:
     checkpoint_hist: int = _run_setting(
         2, "how many of the latest checkpoints are kept, beside the best epoch's", role="where", least=1
     )
+    time_limit: str | None = _run_setting(
+        None,
+        "stop at a checkpoint before so many seconds, minutes (10m) or hours (2h) have passed since this process was "
+        "started, with exit code 75; --resume auto goes on [none]",
+        role="command",
+        metavar="N[s|m|h]",
+    )
     output: str = _run_setting("output", "folder of all runs", role="where", in_tables=False, metavar="DIR")
     experiment: str | None = _run_setting(
         None, "folder of this run in it [DATASET-MODEL-METHOD]", role="where", in_tables=False, metavar="NAME"

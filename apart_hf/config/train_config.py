@@ -9,6 +9,7 @@ from typing import Any, Literal
 from apart_hf.config.augmentation_group import AugmentationGroup
 from apart_hf.config.checks import check_values
 from apart_hf.config.data_group import DataGroup
+from apart_hf.config.durations import seconds_of
 from apart_hf.config.model_groups import MethodGroup, ModelGroup
 from apart_hf.config.optimisation_group import OptimisationGroup
 from apart_hf.config.run_groups import CommandGroup, PublishingGroup, RunGroup
@@ -72,6 +73,15 @@ class TrainConfig(  # fields of the last base come first
         if not number.isascii() or not number.isdigit() or len(number) > 9 or int(number) < 1:
             raise ApartError(f"--checkpoint-every {text!r}: a number of steps, such as 500, or of minutes: 10m.")
         return (int(number), None) if number == text else (None, 60.0 * int(number))
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """Return the seconds from the start of the process to its end; None: there is no limit.
+
+        Raises:
+            ApartError: where `time_limit` is no time.
+        """
+        return None if self.time_limit is None else seconds_of("--time-limit", self.time_limit)
 
     @property
     def dataset_name(self) -> str:

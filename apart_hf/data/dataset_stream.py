@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 from PIL import Image as PIL
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -20,6 +18,9 @@ from apart_hf.data.decoding import IGNORED, BadImage, bad_image, rgb
 from apart_hf.data.label_order import LabelOrder
 from apart_hf.data.splits import Split
 from apart_hf.errors import OneProcessError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 _BLACK = PIL.new("RGB", (64, 64))
 
@@ -110,6 +111,8 @@ class StreamedImages(EpochDataset, torch.utils.data.IterableDataset):
 
         Not by the stream's own `set_epoch`: that is shared by all loader processes, which need not be in the same pass.
         """
+        from datasets.distributed import split_dataset_by_node  # which data whose rows are known do without
+
         stream = self.split.data
         if self.batches is not None:
             order = np.random.SeedSequence([self.seed, self.epoch, again]).generate_state(1)[0]

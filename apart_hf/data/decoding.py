@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from datasets.utils.file_utils import is_local_path, xopen
+import numpy as np
 from PIL import ExifTags
 from PIL import Image as PIL
 from PIL.TiffImagePlugin import TiffImageFile
@@ -60,12 +60,14 @@ def rgb(encoded: dict[str, Any] | None) -> PIL.Image:
     that EXIF (or XMP) records is applied; where its block is damaged, the image is taken as it lies.
 
     Args:
-        encoded: its file's bytes, or the path of it.
+        encoded: its file's bytes, or the path of it; or, under "pixels", (height, width, 3) uint8, as they are.
 
     Raises:
         BadImage: where it is damaged, too large (PIL's bound on decompression bombs), or not there.
         OSError: where its file cannot be read for other reasons (too many open files, a device that fails).
     """
+    if encoded is not None and "pixels" in encoded:
+        return PIL.fromarray(np.ascontiguousarray(encoded["pixels"]))
     with _damage_is_told(encoded):
         image = _opened(encoded or {}, load=True)
         turn = _TURNS.get(_orientation(image))
@@ -82,6 +84,9 @@ def upright_size(encoded: dict[str, Any] | None) -> tuple[int, int]:
     Raises:
         BadImage, OSError: as `rgb` does, as far as the header tells.
     """
+    if encoded is not None and "pixels" in encoded:
+        height, width, _ = encoded["pixels"].shape
+        return width, height
     with _damage_is_told(encoded), _opened(encoded or {}) as image:
         width, height = image.size
         if isinstance(image, TiffImageFile):  # of which PIL tells the upright size, in some versions
@@ -110,6 +115,8 @@ def _damage_is_told(encoded: dict[str, Any] | None) -> Iterator[None]:
 
 def _opened(encoded: dict[str, Any], load: bool = False) -> PIL.Image:
     """Read the header of an image, or all of it; a JPEG file that fails is tried again without its EXIF blocks."""
+    from datasets.utils.file_utils import is_local_path  # which packed data do without
+
     path = encoded.get("path")
     try:
         if encoded["bytes"] is None and path is not None and is_local_path(path):
@@ -132,6 +139,8 @@ def _read(file: str | io.BytesIO, load: bool) -> PIL.Image:
 def _content(encoded: dict[str, Any]) -> bytes:
     if encoded["bytes"] is not None:
         return encoded["bytes"]
+    from datasets.utils.file_utils import xopen
+
     with xopen(encoded["path"], "rb") as file:  # also of the Hub
         return file.read()
 

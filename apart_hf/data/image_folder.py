@@ -14,17 +14,9 @@ from apart_hf.data.class_order import class_name, in_order, unlike_timm
 from apart_hf.data.metadata import FILES, Metadata, has_metadata, read_metadata
 from apart_hf.data.split_names import in_usual_order, meaning
 from apart_hf.data.tree import Folder
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, shown
 
 WHOLE = "train"  # what class folders that lie in no split are called
-_SHOWN = 3  # names in a message
-
-
-def shown(names: Sequence[str], kind: str) -> str:
-    """Write "4 folders (a, b, c, ...)", for messages; `kind` is one of them, in English."""
-    more = ", ..." if len(names) > _SHOWN else ""
-    plural = "" if len(names) == 1 else "es" if kind.endswith("s") else "s"
-    return f"{len(names)} {kind}{plural} ({', '.join(names[:_SHOWN])}{more})"
 
 
 def class_folders(folder: Folder) -> list[Folder]:

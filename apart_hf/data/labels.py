@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from datasets import ClassLabel
 
 from apart_hf.data.class_map import read_class_map
 from apart_hf.data.class_order import class_name
-from apart_hf.data.image_folder import shown
 from apart_hf.data.registry import DatasetSpec
 from apart_hf.data.settings import DataSettings
 from apart_hf.data.splits import Split
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, shown
 
 
 def own_names(split: Split) -> list[str] | None:
     """Return what the data call the classes of a split; None: they are numbers without names."""
-    feature = split.data.features[split.target_key]
-    return [class_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
+    names = getattr(split.data.features[split.target_key], "names", None)  # of a ClassLabel, or of packed data
+    return None if names is None else [class_name(name) for name in names]
 
 
 def counts_from_one(splits: Sequence[Split], settings: DataSettings) -> bool:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
-
-from apart_hf.data.columns import find_input_key, find_target_key
+from apart_hf.data.access import find_columns, load_tables, open_data
 from apart_hf.data.image_sizes import ImageSizes
 from apart_hf.data.labels import check_labels, compare_classes, counts_from_one, find_class_names, relabelling
 from apart_hf.data.registry import DATASETS, DatasetSpec, find_dataset
 from apart_hf.data.settings import DataSettings
-from apart_hf.data.sources import Source, load_splits, open_source
 from apart_hf.data.split_names import TRAIN_NAMES, VAL_NAMES, pick_split
 from apart_hf.data.splits import Split, stratified
 from apart_hf.errors import ApartError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from apart_hf.data.packed import PackedTable
+    from apart_hf.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ImageData:
 
 
 def load_image_data(settings: DataSettings | None = None) -> ImageData:
-    """Load a registered dataset, a Hub id, or a folder (image folders, parquet files, tar shards, or save_to_disk).
+    """Load a registered dataset, a Hub id, or a folder (images, parquet files, tar shards, save_to_disk, or packed).
 
     A registered name beside a folder lends it splits, columns, normalisation and transform, as far as the folder has
     them. What is not named is found: see docs/DATA.md for the names of splits and columns, and for the order of
@@ -72,13 +76,13 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
             raise ApartError(f"--dataset-config {settings.dataset_config}: {spec.path} is a folder; leave it out.")
         spec = replace(spec, config=settings.dataset_config)
     asked = (settings.train_split, settings.val_split)
-    source = open_source(spec, settings.streaming, [name for name in asked if name is not None])
+    source = open_data(spec, settings.streaming, [name for name in asked if name is not None])
     train_name, val_name = _choose(source, spec, settings)
     chosen = [train_name] if val_name in (None, train_name) else [train_name, val_name]
-    loaded = load_splits(source, spec, chosen)
+    loaded = load_tables(source, spec, chosen)
     if spec.local:
         spec = _only_what_is_there(spec, loaded, settings.named)
-    columns = find_input_key(loaded[train_name], spec), find_target_key(loaded[train_name], spec)
+    columns = find_columns(loaded[train_name], spec)
     spec = replace(spec, train_split=train_name, val_split=val_name, input_key=columns[0], target_key=columns[1])
     splits = [_split(loaded[name], name, columns, spec, settings.streaming) for name in chosen]
     from_one = counts_from_one(splits, settings)
@@ -159,7 +163,9 @@ def _as_named(spec: DatasetSpec, given: dict[str, str]) -> DatasetSpec:
     )
 
 
-def _only_what_is_there(spec: DatasetSpec, splits: Mapping[str, Dataset], given: dict[str, str]) -> DatasetSpec:
+def _only_what_is_there(
+    spec: DatasetSpec, splits: Mapping[str, Dataset | PackedTable], given: dict[str, str]
+) -> DatasetSpec:
     """Drop the registered columns that a folder does not use, so that its own are found."""
     columns = {key for data in splits.values() for key in data.features}
     there = replace(
@@ -170,7 +176,9 @@ def _only_what_is_there(spec: DatasetSpec, splits: Mapping[str, Dataset], given:
     return _as_named(there, given)
 
 
-def _split(data: Dataset, name: str, columns: tuple[str, str], spec: DatasetSpec, streamed: bool) -> Split:
+def _split(
+    data: Dataset | PackedTable, name: str, columns: tuple[str, str], spec: DatasetSpec, streamed: bool
+) -> Split:
     for key, flag in zip(columns, ("--input-key", "--target-key")):
         if key not in data.features:
             raise ApartError(f"split {name!r} has no column {key!r}, only {', '.join(data.features)}; see {flag}.")

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import datasets
 from datasets import DatasetDict, IterableDatasetDict
 
-from apart_hf.data.image_folder import WHOLE, shown
+from apart_hf.data.image_folder import WHOLE
 from apart_hf.data.split_names import in_usual_order, split_of_file
 from apart_hf.data.tree import Folder
+from apart_hf.errors import shown
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # by the ending of the files
 

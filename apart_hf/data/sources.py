@@ -13,11 +13,11 @@ import datasets
 import huggingface_hub
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
-from apart_hf.data.image_folder import ImageFolder, shown
+from apart_hf.data.image_folder import ImageFolder
 from apart_hf.data.parquet_files import BUILDERS, TableFiles
 from apart_hf.data.registry import DatasetSpec
 from apart_hf.data.tree import Folder
-from apart_hf.errors import ApartError, first_line
+from apart_hf.errors import ApartError, first_line, shown
 from apart_hf.utils.hub_client import offline_if_unreachable, transport_errors
 
 

@@ -6,14 +6,17 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Image, IterableDataset
 
 from apart_hf.data.decoding import BadImage, bad_image, upright_size
 from apart_hf.data.image_sizes import LOOKED_AT, ImageSizes
+from apart_hf.data.packed import PackedTable
 from apart_hf.errors import ApartError, OneProcessError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 _AT_ONCE = 32  # rows of a table that are held while they are read
 _SEARCH_SECONDS = 10
@@ -24,7 +27,7 @@ class Split:
     """Gives rows of (encoded image, class index).
 
     Args:
-        data: with at least these two columns; images are left encoded.
+        data: a dataset, a stream or a packed table with at least these two columns; images are left encoded.
         name: of the split that the rows are from.
         input_key, target_key: the columns.
         size: rows, or of a stream, images that an epoch counts; None: a stream of unknown length.
@@ -34,7 +37,7 @@ class Split:
             and can be read in any order.
     """
 
-    data: Dataset | IterableDataset
+    data: Any
     name: str
     input_key: str
     target_key: str
@@ -46,7 +49,7 @@ class Split:
     @classmethod
     def of(
         cls,
-        data: Dataset | IterableDataset,
+        data: Dataset | IterableDataset | PackedTable,
         name: str,
         input_key: str,
         target_key: str,
@@ -54,6 +57,10 @@ class Split:
         streamed: bool = False,
     ) -> Split:
         """Take the two columns of `data`; `size` is that of a stream, and `streamed` says that a table is one."""
+        if isinstance(data, PackedTable):
+            return cls(data, name, input_key, target_key, len(data), streamed=streamed)
+        from datasets import Image, IterableDataset
+
         columns = data.select_columns([input_key, target_key]).cast_column(input_key, Image(decode=False))
         is_stream = isinstance(data, IterableDataset)
         size = size if is_stream else len(data)
@@ -67,6 +74,10 @@ class Split:
     @property
     def rows_known(self) -> bool:
         """Tell whether any row can be read, and labels without images; not so of a true stream."""
+        if isinstance(self.data, PackedTable):
+            return True
+        from datasets import IterableDataset
+
         return not isinstance(self.data, IterableDataset)
 
     @property
@@ -124,6 +135,9 @@ class Split:
         Raises:
             ApartError: where one is missing.
         """
+        if isinstance(self.data, PackedTable):
+            found = self.data.labels
+            return found if self.relabel is None else self.relabel[found]
         column = self.data.select_columns([self.target_key]).with_format("arrow")[:][self.target_key]
         if column.null_count:
             first = int(column.is_null().to_numpy().argmax())

@@ -38,7 +38,7 @@ def load_pretrained(name: str, *, revision: str | None = None) -> tuple[nn.Modul
 
     Args:
         name: one of `list_pretrained()`, the folder of a run or an exported one, or "user/name", a repository of the
-            Hub.
+            Hub, also as timm writes it, "hf_hub:user/name" or "hf_hub:user/name@revision".
         revision: the branch, tag or commit of a repository; None: its main branch.
 
     Returns:
@@ -93,6 +93,10 @@ def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = Fa
     Raises:
         ApartError: where there is none.
     """
+    prefix, colon, repository = name.partition(":")
+    if colon and prefix in ("hf_hub", "hf-hub"):
+        name, _, of_name = repository.partition("@")
+        revision = revision or of_name or None
     released = model_cards_folder() / name
     if name in list_pretrained():
         return released

@@ -90,6 +90,19 @@ def check_installed() -> None:
         raise ApartError('corruptions need a package that is not installed: pip install "apart-hf[corruptions]".')
 
 
+def corruption_names(*, common: bool = True) -> list[str]:
+    """List the 15 common corruptions, or those and the four that are kept for validation."""
+    check_installed()
+    from imagecorruptions import get_corruption_names
+
+    return list(get_corruption_names("common" if common else "all"))
+
+
+def corruption_number(name: str) -> int:
+    """Return the number of a corruption, by which its random numbers are its own."""
+    return corruption_names(common=False).index(name)
+
+
 def corrupt_images(
     images: Sequence[np.ndarray], labels: np.ndarray, *, severities: Sequence[int], edge: int | None = None
 ) -> CorruptedImages:
@@ -107,16 +120,13 @@ def corrupt_images(
     Raises:
         ApartError: where an image is smaller than 32 pixels, or the package is not installed.
     """
-    check_installed()
-    from imagecorruptions import get_corruption_names
-
+    names = tuple(corruption_names())
     for index, image in enumerate(images):
         if min(image.shape[:2]) < SMALLEST:
             height, width = image.shape[:2]
             raise ApartError(
                 f"image {index} has {width}x{height} pixels; corruptions need at least {SMALLEST}x{SMALLEST}."
             )
-    names = tuple(get_corruption_names())
     found = [
         [
             [

@@ -95,7 +95,7 @@ def make_job(request: TableRequest, dataset: str, model: str, row: str, seed: in
     places = {"output": str(request.output), "experiment": name, "resume": "auto"}
     if scale.reduction is not None:
         places["data_dir"] = str(_reduced(request, dataset, scale.reduction))
-    elif request.data_dir is not None and "dataset" not in scale.settings:
+    elif request.data_dir is not None:
         places["data_dir"] = request.data_dir
     return Job(name, row, seed, flags, list(request.more), places)
 

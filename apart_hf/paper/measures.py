@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.data import ImageData
 from apart_hf.data.dataset_memory import decode
 from apart_hf.paper.bn_robustness import robustness
 from apart_hf.paper.corruptions import CorruptedImages
+from apart_hf.paper.recalibration import halves, recalibrate
 
 BINS = 15
 RADII = (0.1, 0.2, 0.3, 0.4)  # of the scaled statistics
@@ -67,11 +67,10 @@ def _under_corruptions(
     network: nn.Module, corrupted: CorruptedImages, config: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     labels = torch.from_numpy(np.array(corrupted.labels, dtype=np.int64))
-    halves = torch.arange(len(labels)).chunk(2)
     for name, severity, images in corrupted:
         plain = top1(predict(network, images, config), labels)
         hits = 0
-        for estimated, evaluated in (halves, halves[::-1]):
+        for estimated, evaluated in halves(len(labels)):
             recalibrated = recalibrate(network, normalised(images[estimated], config))
             found = predict(recalibrated, images[evaluated], config).argmax(-1)
             hits += int((found == labels[evaluated]).sum())
@@ -93,20 +92,6 @@ def predict(network: nn.Module, images: np.ndarray, config: dict[str, Any]) -> T
             for part in np.array_split(images, max(1, -(-len(images) // _BATCH)))
         ]
     )
-
-
-@torch.no_grad()
-def recalibrate(network: nn.Module, images: Tensor) -> nn.Module:
-    """Copy a network, with the running statistics of one batch of images (N, 3, height, width), in eval mode."""
-    network = copy.deepcopy(network).eval()
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.training, layer.momentum = True, 1.0
-    network(images)
-    for layer, momentum in zip(layers, momenta):
-        layer.training, layer.momentum = False, momentum
-    return network
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

@@ -8,10 +8,12 @@ import logging
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from apart_hf.config.durations import seconds_of
 from apart_hf.config.train_config import TrainConfig
 from apart_hf.data import load_image_data
 from apart_hf.data.fingerprint import fingerprint
@@ -31,11 +33,16 @@ from apart_hf.paper.subset import reduce_data
 from apart_hf.paper.tables import TABLES, chosen_rows
 from apart_hf.runs.components import data_settings
 from apart_hf.runs.interruption import EXIT_CODE, Interrupted
+from apart_hf.runs.time_limit import TimeLimit
 from apart_hf.utils.allocator import keep_freed_memory
 from apart_hf.utils.environment import device_name, versions
 from apart_hf.utils.processes import SIGNALS, use_threads
 
 COMMAND = ("-m", "apart_hf", "train")
+HANDING_OVER = (
+    2.0  # seconds of a limit that are kept: a run's interpreter starts after it is called, and ends before us
+)
+LAUNCHING = 10.0  # further seconds that a launcher takes before it starts the run's processes
 _log = logging.getLogger(__name__)
 
 
@@ -96,20 +103,35 @@ def _train(request: TableRequest, jobs: list[Job]) -> list[str]:
     corrupted = corrupted_part(request, first)
     part = "" if request.parts == 1 else f"-{request.part + 1}of{request.parts}"
     file = request.results / f"{table_name(request)}{part}.jsonl"
+    limit = None if request.time_limit is None else TimeLimit(seconds_of("", request.time_limit), request.time_limit)
     failed = []
     for number, job in enumerate(jobs, start=1):
+        left = f"{len(jobs) - number + 1} of {len(jobs)} runs are left."
+        limited = [] if limit is None else _limited(request, limit, f"before {job.name}; {left}")
         _log.info("[%d/%d] %s", number, len(jobs), job.name)
-        code, stopped = _start([*request.launcher, *COMMAND, *job.arguments])
+        code, stopped = _start([*request.launcher, *COMMAND, *job.arguments, *limited])
         if code == 0:
             result = _result(job, request.output / job.name, data)
             if corrupted is not None:
                 result["measures"] = _measures(job, request.output / job.name, corrupted)
             add_result(file, result)
         if stopped or code == EXIT_CODE:
-            raise Interrupted(f"{job.name} was stopped.")
+            raise Interrupted(f"{job.name} was stopped; {left}")
         if code:
             failed.append(job.name)
     return failed
+
+
+def _limited(request: TableRequest, limit: TimeLimit, where: str) -> list[str]:
+    """Return the flags that give a run what is left of the time.
+
+    Raises:
+        Interrupted: where less is left than a process takes to start.
+    """
+    seconds = int(limit.left - HANDING_OVER - (LAUNCHING if request.launcher != (sys.executable,) else 0.0))
+    if seconds < max(1.0, limit.start_up):
+        raise Interrupted(f"stopped by --time-limit {limit.text} {where}")
+    return ["--time-limit", f"{seconds}s"]
 
 
 def _prepared_data(request: TableRequest, config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from apart_hf.config.durations import seconds_of
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.paper.scales import SCALES
 from apart_hf.paper.tables import TABLES
@@ -27,6 +28,7 @@ class TableRequest:
         output: folder of the runs.
         launcher: the command that starts a run, in words; its batch size is that of a process.
         more: further flags of `train`, for every run.
+        time_limit: for all runs together, from the start of this process on, such as "10m"; None: there is none.
 
     Raises:
         ApartError: for an unknown table or scale, or numbers out of range.
@@ -45,6 +47,7 @@ class TableRequest:
     output: Path = Path("output/reproduce")
     launcher: tuple[str, ...] = (sys.executable,)
     more: tuple[str, ...] = ()
+    time_limit: str | None = None
 
     def __post_init__(self) -> None:
         if self.table not in TABLES:
@@ -55,3 +58,5 @@ class TableRequest:
             raise ApartError(f"--seeds {self.seeds}: at least 1.")
         if not 0 <= self.part < self.parts:
             raise ApartError(f"--shard '{self.part + 1}/{self.parts}': I/K with 1 <= I <= K, for instance 2/3.")
+        if self.time_limit is not None:
+            seconds_of("--time-limit", self.time_limit)

@@ -105,7 +105,7 @@ SCALES: dict[str, Scale] = {
         groups=8,
     ),
     "smoke": Scale(
-        "seconds a run, on the bundled data, 4 steps whatever the budget: shows that it works",
+        "seconds a run, on the bundled data or --data-dir, 4 steps whatever the budget: shows that it works",
         {
             "model": "test_resnet",
             "dataset": "demo",

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image
 
@@ -38,6 +37,8 @@ def reduce_data(settings: DataSettings, folder: Path, *, classes: int, images: i
     """
     if folder.exists():
         return
+    import datasets  # which a table of whole packed data does without
+
     data = load_image_data(settings)
     training, evaluation = _parts(data, classes, images)
     names = data.class_names[:classes]

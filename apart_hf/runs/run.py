@@ -78,6 +78,24 @@ class Run:
         """Return the images of one process in a batch, and in an optimizer step."""
         return self.config.batch_size, self.config.batch_size * self.config.grad_accum_steps
 
+    def epoch_ends(self) -> tuple[float | None, bool] | None:
+        """Tell whether the epoch ends with the step just made.
+
+        Returns:
+            How many images are then evaluated, as a multiple of those of a step (None: there is no evaluation), and
+            whether the training ends, too; None: the epoch goes on.
+        """
+        config, trainer, progress = self.config, self.trainer, self.trainer.progress
+        over = progress.has_made(config.max_steps)
+        if progress.batch < len(trainer.train_loader) and not over:
+            return None
+        epoch = progress.epoch + 1
+        last = over or epoch >= config.run_epochs
+        if not last and epoch % config.val_interval:
+            return None, last
+        images = self.data.val.size or self.data.train.size or 0  # the former is not known of some streams
+        return images / (self.images_a_batch[1] * self.accelerator.num_processes), last
+
     def fit(self) -> None:
         """Train what is left of the epochs; record each, and write checkpoints.
 
@@ -95,11 +113,13 @@ class Run:
         try:
             self.trackers.start(progress.steps, goes_on=self.checkpoint is not None)
             with self.stop.noting():
+                schedule.begin()
                 for metrics in trainer.fit(config.run_epochs, config.max_steps):
                     self.history.epochs.append(metrics)
-                    self._record(last=progress.is_done(config.run_epochs, config.max_steps))
+                    done = progress.is_done(config.run_epochs, config.max_steps)
+                    self._record(last=done)
                     self.save()
-                    schedule.check()
+                    schedule.check(evaluated=metrics.evaluation is not None, done=done)
         except Exception as error:
             told = self._told(error)
             if told is error:

@@ -10,6 +10,7 @@ from apart_hf.config.train_config import TrainConfig
 from apart_hf.runs.failures import is_out_of_memory, out_of_memory
 from apart_hf.runs.interruption import StopRequest, noticing_lost_processes
 from apart_hf.runs.prepare import prepare
+from apart_hf.runs.time_limit import TimeLimit
 from apart_hf.utils.allocator import keep_freed_memory
 
 
@@ -40,7 +41,7 @@ def train(config: TrainConfig) -> Path:
     config = fill_defaults(config)
     if not config.no_mallopt:
         keep_freed_memory()
-    stop = StopRequest()
+    stop = StopRequest(limit=TimeLimit.of(config))
     try:
         with stop.listening():
             run = prepare(config, stop)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -41,5 +42,9 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of the libraries that the results depend on."""
-    return {"apart_hf": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+    """Return the versions of Python, this package and the libraries that results depend on, where installed."""
+    found = {"apart_hf": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # packed data are read without datasets
+            found[name] = version(name)
+    return found

@@ -7,7 +7,8 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -41,10 +42,8 @@ def transport_errors() -> tuple[type[Exception], ...]:
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[str]:
     """Keep the libraries from a Hub that does not answer, within the block; give the reason, empty if it answers."""
-    import datasets  # half a second, which `import apart_hf` need not take
-
-    constants = huggingface_hub.constants
-    if huggingface_hub.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
+    constants, own = huggingface_hub.constants, _datasets_settings()
+    if huggingface_hub.is_offline_mode() or own.HF_HUB_OFFLINE:
         yield "HF_HUB_OFFLINE is set"
         return
     try:  # its own client: proxies and certificates are those of the user
@@ -54,17 +53,26 @@ def offline_if_unreachable() -> Iterator[str]:
     else:
         yield ""
         return
-    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    kept = constants.HF_HUB_OFFLINE, own.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    constants.HF_HUB_OFFLINE = own.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"  # for loader processes
     try:
         yield reason
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept[:2]
+        constants.HF_HUB_OFFLINE, own.HF_HUB_OFFLINE = kept[:2]
         if kept[2] is None:
             del os.environ["HF_HUB_OFFLINE"]
         else:
             os.environ["HF_HUB_OFFLINE"] = kept[2]
+
+
+def _datasets_settings() -> Any:
+    """Return the settings of the package datasets; a stand-in where it is not installed."""
+    try:
+        import datasets  # half a second, which `import apart_hf` need not take
+    except ImportError:
+        return SimpleNamespace(HF_HUB_OFFLINE=False)
+    return datasets.config
 
 
 def attempt(

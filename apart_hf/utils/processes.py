@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +24,13 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def age() -> float:
+    """Return the seconds since this process was started, before any of its imports."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def rank() -> int:

@@ -105,6 +105,7 @@ from tests.support.helpers import FAST, ROOT, run
         (["--mean", "nan", "0", "0"], "--mean .nan, 0.0, 0.0.: must be finite"),
         (["--std", "0", "1", "1"], r"--std .0.0, 1.0, 1.0."),
         (["--checkpoint-every", "5x"], "--checkpoint-every '5x'"),
+        (["--time-limit", "5x"], "--time-limit '5x': a whole number above 0 of seconds"),
         (["--resume", "/nowhere"], "--resume /nowhere: there is no checkpoint"),
         (["--log-wandb"], "--report-to wandb: not installed"),
     ],

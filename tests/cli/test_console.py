@@ -27,7 +27,7 @@ def test_help_names_every_command_and_version(capsys):
     main(["--help"])
     said = capsys.readouterr().out
     assert re.findall(r"^  (\w+)  ", said, re.M) == list(COMMANDS)
-    assert list(COMMANDS) == ["train", "validate", "push", "pull", "reproduce", "analyse", "list"]
+    assert list(COMMANDS) == ["train", "validate", "push", "pull", "pack", "reproduce", "analyse", "list"]
     main(["--version"])
     assert capsys.readouterr().out == f"apart-hf {apart_hf.__version__}\n"
 
@@ -52,6 +52,7 @@ def test_every_command_has_help_under_the_name_of_the_program(name, capsys):
         (["push", "."], "name FOLDER and USER/NAME"),
         (["push", "nowhere", "user/name"], "nowhere is no exported model"),
         (["pull", "none"], "unknown pretrained model 'none'"),
+        (["pack", "out", "--dataset", "cifar"], "unknown dataset 'cifar'"),
         (["reproduce", "table9"], "argument table: invalid choice: 'table9'"),
         (["analyse", "attack", "--checkpoint", "none"], "unknown pretrained model 'none'"),
         (["list", "models", "recipe"], "there is no list of 'recipe'"),

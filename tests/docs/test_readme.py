@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from apart_hf.__main__ import COMMANDS
-from apart_hf.cli import analyse, pull, push_to_hub, reproduce, validate
+from apart_hf.cli import analyse, pack, pull, push_to_hub, reproduce, validate
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.recipes import RECIPES
 from apart_hf.data import DATASETS
@@ -56,10 +56,12 @@ def test_every_analyse_command_parses(monkeypatch):
     monkeypatch.setattr(analyse, "_run", parsed.append)
     for arguments in commands("analyse"):
         analyse.main(arguments)
-    assert [args.figure for args in parsed] == ["attack", "robustness"]
+    assert [args.figure for args in parsed] == ["attack", "robustness", "corruptions"]
 
 
-@pytest.mark.parametrize("module, name", [(push_to_hub, "push"), (pull, "pull"), (validate, "validate")])
+@pytest.mark.parametrize(
+    "module, name", [(push_to_hub, "push"), (pull, "pull"), (pack, "pack"), (validate, "validate")]
+)
 def test_every_command_of_a_model_parses(module, name, monkeypatch):
     parsed = []
     monkeypatch.setattr(module, "_run", parsed.append)
@@ -81,10 +83,12 @@ def test_every_flag_exists(capsys):
         (parse_arguments,),
         (push_to_hub.main,),
         (pull.main,),
+        (pack.main,),
         (reproduce.main,),
         (validate.main,),
         (analyse.main, "attack"),
         (analyse.main, "robustness"),
+        (analyse.main, "corruptions"),
     ):
         with pytest.raises(SystemExit):
             command([*figure, "--help"])

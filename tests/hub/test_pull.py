@@ -52,6 +52,21 @@ def test_another_revision_and_a_folder_in_timm_s_form(hub, tmp_path):
     assert (pull("user/plain", tmp_path / "then", revision=old) / "README.md").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("prefix", ["hf_hub:", "hf-hub:"])
+def test_a_name_as_timm_writes_it(prefix, hub):
+    source = ROOT / "model_cards/demo-test_resnet-apart"
+    content = {name: (source / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    first = hub.put("user/timm", content)
+    hub.put("user/timm", {"model.safetensors": b"damaged"})
+    own = load_pretrained("demo-test_resnet-apart")[0].state_dict()
+    found = load_pretrained(f"{prefix}user/timm@{first}")[0].state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in found.items())
+    with pytest.raises(ApartError, match=r"damaged|no model"):
+        load_pretrained(f"{prefix}user/timm")
+    with pytest.raises(ApartError, match="unknown pretrained model 'timm'"):
+        load_pretrained(f"{prefix}timm")
+
+
 def test_nothing_is_written_where_it_cannot_be_pulled(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = list_pretrained()[0]

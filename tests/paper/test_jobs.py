@@ -118,3 +118,11 @@ def test_a_result_knows_of_no_setting_that_had_no_part_in_it():
     assert scaled.keys() - plain.keys() == {"lr_base_size", "lr_base_scale"}
     assert scaled["lr_base_size"] == 512 and "clip_grad" in plain and plain["clip_grad"] is None
     assert "output" not in plain and "threads" not in plain
+
+
+def test_the_folder_that_is_named_is_read_at_any_scale():
+    """Also at that of the bundled data, which are in a format that needs a package more."""
+    assert "data_dir" not in run_of("table1", "apart", "--scale", "smoke").places
+    for scale in ("smoke", "full"):
+        run = run_of("table1", "apart", "--scale", scale, "--data-dir", "/a/data")
+        assert run.places["data_dir"] == "/a/data" == run.config.data_dir

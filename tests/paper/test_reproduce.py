@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,7 @@ def test_a_table_that_was_stopped_goes_on(name, tmp_path):
         (("table3", "--rows", "apart-n1", "--", "--groups", "16"), "--groups after --"),
         (("table1", "--", "--model", "resnet18"), "--model after --"),
         (("table1", "--", "--every", "2"), "--every after --"),
+        (("study", "--scale", "smoke", "--time-limit", "soon"), "--time-limit 'soon': a whole number above 0"),
         (("study", "--scale", "smoke", "--launcher", ""), "--launcher '': no command"),
         (("study", "--scale", "smoke", "--launcher", '"x'), "--launcher '\"x': No closing quotation"),
     ],
@@ -125,3 +127,44 @@ def test_bad_input(flags, message, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def limited(tmp_path, *flags):
+    rows = "study --scale smoke --rows standard,sam,apart --seeds 1"
+    main([*rows.split(), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs"), *flags])
+
+
+@pytest.mark.parametrize(
+    "launcher, kept, total",
+    # of the last case 6 s are left, and a process takes 7 to start
+    [([], 2, 92), (["--launcher", "torchrun --nproc-per-node 1"], 12, 92), ([], 2, 99)],
+)
+def test_a_limit_is_over_all_runs(launcher, kept, total, tmp_path, monkeypatch, capsys):
+    """Each run gets what is left of the time since the start of this process, and none is begun without any."""
+    given, clock = [], [0.0]
+    monkeypatch.setattr("apart_hf.runs.time_limit.age", lambda: 7.0)
+    monkeypatch.setattr("apart_hf.runs.time_limit.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("apart_hf.paper.reproduce._result", lambda job, *_: {"run": job.name})
+    monkeypatch.setattr("apart_hf.paper.reproduce.add_result", lambda *_: None)
+
+    def start(command):
+        given.append(command[-2:])
+        clock[0] += 42.0
+        return 0, False
+
+    monkeypatch.setattr("apart_hf.paper.reproduce._start", start)
+    with pytest.raises(SystemExit) as ended:
+        limited(tmp_path, "--time-limit", f"{total}s", *launcher)
+    assert given == [["--time-limit", f"{total - 7 - used - kept}s"] for used in (0, 42)]
+    error = capsys.readouterr().err
+    assert ended.value.code == 75 and error.count("\n") == 1
+    name = "cifar100-wide_resnet40_2-apart-smoke-0"
+    assert f"stopped by --time-limit {total}s before {name}; 1 of 3 runs are left. To go on: the same command." in error
+
+
+def test_a_run_that_its_limit_stopped_stops_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("apart_hf.paper.reproduce._start", lambda command: (75, False))
+    with pytest.raises(SystemExit) as ended:
+        limited(tmp_path, "--time-limit", "100h")
+    assert ended.value.code == 75 and read_results(tmp_path / "results") == {}
+    assert "standard-smoke-0 was stopped; 3 of 3 runs are left. To go on: the same" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import datasets
 import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -28,6 +27,8 @@ def load(dataset="demo", data_dir=None, **more):
 
 def demo_rows(split):
     """The demo set as `datasets` gives it."""
+    import datasets  # which machines with GPUs need not have
+
     return datasets.load_dataset("parquet", data_files=str(DEMO_DIR / f"{split}.parquet"), split="train")
 
 
