@@ -101,7 +101,11 @@ class GroupStatistics(Perturbation):
 
     def _in_blocks(self) -> bool:
         """Tell whether groups are laid out as runs of samples: cheaper where channels lie innermost, on the CPU."""
-        return self.groups > 1 and any(p.device.type == "cpu" and is_channels_last(p) for p in self.model.parameters())
+        return (
+            self.sorts
+            and self.groups > 1
+            and any(p.device.type == "cpu" and is_channels_last(p) for p in self.model.parameters())
+        )
 
     def order(self, samples: int) -> Tensor | None:
         return torch.arange(samples).view(-1, self.groups).t().flatten() if self._in_blocks() else None

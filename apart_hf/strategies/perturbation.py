@@ -66,6 +66,8 @@ class Perturbation:
     reads_weight_gradients: ClassVar[bool] = False
     #: False where the number of samples has no effect, so that it need not be known.
     counts_samples: ClassVar[bool] = True
+    #: False within a pass whose samples cannot be put in another order; `order` then names none.
+    sorts: bool = True
 
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from apart_hf.strategies.algorithm import Algorithm, Backward, LossFunction
-from apart_hf.strategies.batches import count_images
 from apart_hf.strategies.checks import check_criterion, check_training, check_wrapping
 from apart_hf.strategies.hyper_parameters import HasBackward, Uneven
+from apart_hf.strategies.sample_count import count_images
 
 if TYPE_CHECKING:
     from apart_hf.strategies.methods import Method
