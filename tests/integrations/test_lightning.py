@@ -5,7 +5,9 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter, OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -180,6 +182,9 @@ class Logging(Module):
         self.mean, self.outputs, self.by_class = MeanMetric(), [], {"labels": []}
         self.collection = MetricCollection([Accuracy(**task, average="macro"), Precision(**task, average="macro")])
         self.seen, self.total, self.best, self.calls = 0, torch.zeros(()), None, Calls()
+        self.counter, self.confusion, self.nested = Counter(), np.zeros((5, 5), int), [([],)]
+        self.means, self.part, self.last = {"loss": MeanMetric()}, nn.Module(), None
+        self.part.history = []
 
     def training_step(self, batch, batch_idx):
         self.calls.count += 1
@@ -196,12 +201,18 @@ class Logging(Module):
         self.seen += len(logits)
         self.total += loss.detach()
         self.best = loss.item() if self.best is None else min(self.best, loss.item())
+        self.counter.update(batch["labels"].tolist())
+        np.add.at(self.confusion, (batch["labels"].numpy(), logits.argmax(1).numpy()), 1)
+        self.nested[0][0].append(loss.item())
+        self.means["loss"].update(loss.detach())
+        self.part.history.append(loss.item())
+        self.last = OrderedDict(loss=loss.detach())
         return {"loss": loss, "logits": logits}
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         super().on_train_batch_end(outputs, batch, batch_idx)
         assert not outputs["logits"].requires_grad
-        metrics = (self.mean, *self.collection.values())
+        metrics = (self.mean, *self.collection.values(), self.means["loss"])
         self.figures = [(float(metric.compute()), metric._update_count) for metric in metrics]
 
 
@@ -222,7 +233,9 @@ def test_what_is_logged_and_collected_counts_once():
         callback = {key: float(value) for key, value in trainer.callback_metrics.items()}
         runs[method] = attributes, module.figures, direct, memory.direct, callback, memory.lines
         assert trainer.loggers == [memory] and len(module.outputs) == len(direct) == 2
-        assert [updates for _, updates in module.figures] == [2, 2, 2]
+        assert [updates for _, updates in module.figures] == [2, 2, 2, 2]
+        assert module.counter.total() == module.confusion.sum() == module.seen == 16
+        assert module.nested[0][0] == module.part.history == module.outputs and module.last["loss"] == direct[-1]
         assert "log" not in vars(module) and "log_dict" not in vars(module)
     assert runs["standard"] == runs["apart-sam"]
 
