@@ -20,6 +20,7 @@ from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.perturbation import processes
 from apart_hf.strategies.sample_count import count_samples, rows_of
 from apart_hf.strategies.samples import can_be_sorted, check_rows, select_samples
+from apart_hf.strategies.scalars import python_number
 from apart_hf.strategies.state import StrategyState
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Algorithm(StrategyState):
             ApartError: where the batch is empty, its samples cannot be counted, or they do not fit.
         """
         self.perturbed_loss = None  # of this batch
+        samples = python_number(samples)
         if samples == 0 or (samples is None and rows_of(batch) == [0]):
             raise ApartError("the batch has no samples; leave empty batches out.")
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 0):

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import replaced_forwards, supported_layers
 from apart_hf.errors import ApartError
-from apart_hf.strategies.perturbation import Perturbation, checked_radius, processes
+from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, processes
+from apart_hf.strategies.scalars import python_number
 
 # Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
 # only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest
@@ -37,6 +38,7 @@ class GroupStatistics(Perturbation):
     defaults: ClassVar = {"groups": 16}
 
     def __init__(self, model: nn.Module, *, groups: int):
+        groups = python_number(groups)
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
             raise ApartError(f"groups={groups!r}: the number of groups must be an integer >= 1.")
         self.model, self.groups = model, groups
@@ -131,7 +133,8 @@ class AdversarialStatistics(GroupStatistics):
 
     def __init__(self, model: nn.Module, *, epsilon: float, groups: int, local_attack: bool):
         super().__init__(model, groups=groups)
-        self.epsilon, self.local_attack = checked_radius("epsilon", epsilon, "the paper uses 0.1"), local_attack
+        self.epsilon = checked_radius("epsilon", epsilon, "the paper uses 0.1")
+        self.local_attack = checked_option("local_attack", local_attack)
         self._eps = torch.zeros(())
 
     def observed(self, samples: int) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.scalars import python_number
 
 
 class Perturbation:
@@ -204,8 +205,17 @@ class Perturbation:
 
 def checked_radius(name: str, value: Any, usual: str) -> float:
     """Return `value`, or raise ApartError where it is no radius, which is a finite number >= 0."""
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ApartError(f"{name}={value!r}: the radius must be a finite number >= 0 ({usual}).")
+    return value
+
+
+def checked_option(name: str, value: Any) -> bool:
+    """Return `value`, or raise ApartError where it is neither True nor False."""
+    value = python_number(value)
+    if not isinstance(value, bool):
+        raise ApartError(f"{name}={value!r}: the option is True or False.")
     return value
 
 

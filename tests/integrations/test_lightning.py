@@ -332,6 +332,27 @@ def test_lightning_s_checkpoints_keep_the_state(method, kept, own_generator, tmp
     assert_same(again.state_dict(), whole.state_dict(), tolerance=0)
 
 
+def test_resuming_with_other_values_is_said_once(tmp_path, caplog):
+    """In one line; what the run itself had set goes on without one, and so does a second fit."""
+    parts, path = batches(8, 8), tmp_path / "kept.ckpt"
+    first = Apart("apart", groups=2, epsilon=0.1)
+    trainer = fit(Module(), parts, first)
+    first.strategy.set(epsilon=0.05)
+    trainer.save_checkpoint(path)
+    for epsilon, count in ((0.1, 0), (0.4, 1)):
+        caplog.clear()
+        other, module = Apart("apart", groups=2, epsilon=epsilon), Module()
+        for epochs in (2, 3):
+            fit(module, parts, other, path=path if epochs == 2 else None, max_epochs=epochs)
+        said = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
+        assert len(said) == count and other.strategy.hyper["epsilon"] == 0.05 and other.strategy.steps > 4
+    assert "goes on with epsilon=0.05, as its saved state has it, and not with epsilon=0.4, as given" in said[0]
+    with pytest.raises(ApartError, match="the state is of the method 'sam', and goes on with 'sam-on'"):
+        trainer = fit(Module(), parts, Apart("sam"))
+        trainer.save_checkpoint(path)
+        fit(Module(), parts, Apart("sam-on"), path=path, max_epochs=2)
+
+
 class Returning(Module):
     """Returns what it is told to in a call of training_step; a loss in all others."""
 

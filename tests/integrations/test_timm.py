@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -257,8 +258,48 @@ def test_misuse():
         apart(task_of(model), "aprat")
     with pytest.raises(ApartError, match="has no BatchNorm layer"):
         apart(task_of(timm.create_model("test_vit")), "apart")
-    with pytest.raises(ApartError, match="no hyper-parameter 'groupz'"):
-        apart(task_of(model), "apart", groupz=4)
+    for option, message in (
+        ({"groupz": 4}, "no hyper-parameter 'groupz'"),
+        ({"model": model}, "model= is not taken here: the task has it"),
+        ({"criterion": cross_entropy}, "criterion= is not taken here: the task has it"),
+        ({"autocast": torch.no_grad}, "autocast= is not taken here: both passes take the autocast that the script"),
+        ({"accelerator": 1}, "accelerator= is not taken here: timm's script has its own scaler"),
+        ({"generator": 1}, "generator=1 is of type int"),
+    ):
+        task = task_of(model)
+        with pytest.raises(ApartError, match=message):
+            apart(task, "apart", **option)
+        assert "forward" not in vars(task)
+    for criterion in (torch.nn.CrossEntropyLoss(reduction="sum"), partial(cross_entropy, reduction="sum")):
+        with pytest.raises(ApartError, match="reduction='sum', and the two passes weight means"):
+            apart(task_of(model, criterion), "sam")
+        apart(task_of(model, criterion), "standard")
+
+
+def test_resuming_with_other_values_is_said_once(tmp_path, caplog):
+    """Also where the module is wrapped after the script has resumed."""
+
+    def task_with(**hyper):
+        model = build("small", dtype=torch.float32)
+        return model, apart(task_of(model), "apart", groups=2, **hyper)
+
+    model, task = task_with(epsilon=0.1)
+    train(task, [batch(8, 16, dtype=torch.float32)])
+    task.forward.loss.set(epsilon=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    saver = CheckpointSaver(model, optimizer, task=task, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    for hyper, said in (({"epsilon": 0.1}, 0), ({"epsilon": 0.4}, 1)):
+        caplog.clear()
+        _, other = task_with(**hyper)
+        resume_task_checkpoint(other, str(tmp_path / "last.pth.tar"), log_info=False)
+        other.compile(backend="eager")
+        other(*batch(8, 16, dtype=torch.float32))
+        found = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
+        assert len(found) == said and other.forward.loss.strategy.hyper["epsilon"] == 0.05
+        assert other.forward.loss.strategy.steps == 2
+    assert "apart goes on with epsilon=0.05, as its saved state has it, and not with epsilon=0.4, as given" in found[0]
+    torch._dynamo.reset()
 
 
 def run_script(text, folder, name, images):
