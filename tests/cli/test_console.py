@@ -53,6 +53,7 @@ def test_every_command_has_help_under_the_name_of_the_program(name, capsys):
         (["push", "nowhere", "user/name"], "nowhere is no exported model"),
         (["pull", "none"], "unknown pretrained model 'none'"),
         (["reproduce", "table9"], "argument table: invalid choice: 'table9'"),
+        (["reproduce", "table1", "--dry-run", "--", "--foo", "1"], "unrecognized arguments: --foo 1"),
         (["analyse", "attack", "--checkpoint", "none"], "unknown pretrained model 'none'"),
         (["list", "models", "recipe"], "there is no list of 'recipe'"),
     ],
