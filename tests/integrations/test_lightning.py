@@ -1,19 +1,22 @@
 """Lightning's Trainer with our callback: against the strategy in a plain loop, and against the Trainer as it is."""
 
+import copy
 import importlib
 import logging
 import os
 import sys
 import warnings
 from collections import Counter, OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -128,6 +131,49 @@ def test_accumulation_with_a_rest(method, ratio, accumulated):
     fit(module, parts, Apart(method, **hyper), accumulate_grad_batches=accumulated)
     by_strategy(plain, method, parts, own_loss(plain), accumulated=accumulated, counted=accumulated, **hyper)
     assert_same(module.net.state_dict(), plain.state_dict(), tolerance=1e-14)
+
+
+class Overflowing(Module):
+    """Gives an infinite loss in one call of its training_step; None: in none."""
+
+    def __init__(self, in_call):
+        super().__init__()
+        self.in_call, self.calls = in_call, Calls()
+
+    def training_step(self, batch, batch_idx):
+        self.calls.count += 1
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if self.calls.count == self.in_call else loss
+
+
+@pytest.mark.parametrize("in_call", [None, 1, 2])
+@pytest.mark.parametrize("method", ["apart", "sam", "apart-sam"])
+def test_a_gradient_scaler_on_the_cpu(method, in_call):
+    """In float16: an overflow in either pass skips the step and halves the factor; the next one trains on."""
+    parts, module, plain = batches(8, 8), Overflowing(in_call), build("small", dtype=torch.float32)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=2.0**10), copy.deepcopy(module.net.state_dict())
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            names = ("fc.weight", "conv1.weight")
+            seen.append(all(torch.equal(module.net.state_dict()[name], before[name]) for name in names))
+
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    fit(module, parts, Apart(method, **HYPER[method]), Watch(), plugins=[precision])
+    assert seen == [in_call is not None, False] and scaler.get_scale() == 2.0 ** (10 if in_call is None else 9)
+    if in_call is not None:  # running statistics have seen the batch
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            plain(parts.pop(0)["pixel_values"])
+    strategy = create_strategy(method, plain, autocast=partial(torch.autocast, "cpu", torch.float16), **HYPER[method])
+    optimizer = sgd(plain)
+    for part in parts:
+        strategy.accumulate(part, own_loss(plain), backward=lambda loss: (loss * 2.0**12).backward())
+        for p in plain.parameters():
+            p.grad /= 2.0**12
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(module.net.state_dict(), plain.state_dict(), tolerance=0.02)  # float16 has three digits
 
 
 class Memory(Logger):

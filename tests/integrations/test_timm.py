@@ -94,16 +94,29 @@ def test_standard_is_the_task_unpatched(more):
     assert_same(*found, tolerance=0)
 
 
-@pytest.mark.parametrize("method", HYPER)
-def test_accumulation_with_a_rest(method):
+@pytest.mark.parametrize("method, ratio", CASES)
+def test_accumulation_with_a_rest(method, ratio):
     """Five batches, two or three a step, in float64, scaled: within 1e-14 of the strategy in a plain loop."""
     parts = [batch(16, 8, seed=k) for k in range(5)]
     for accumulated in (2, 3):
         model, plain = build("small"), build("small")
-        task = apart(task_of(model), method, **options_of(method, 1))
+        task = apart(task_of(model), method, **options_of(method, ratio))
         train(task, parts, accumulated=accumulated, scaler=NativeScaler("cpu"))
-        by_strategy(plain, method, parts, own_loss(plain), accumulated=accumulated, **options_of(method, 1))
-        assert_same(model.state_dict(), plain.state_dict(), tolerance=2e-14)
+        by_strategy(plain, method, parts, own_loss(plain), accumulated=accumulated, **options_of(method, ratio))
+        assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-14)
+
+
+@pytest.mark.parametrize("ratio", [1, 0.5])
+@pytest.mark.parametrize("last", [1, 7, 3])
+def test_last_batches_of_any_size(last, ratio, caplog):
+    """Bit-equal: one image, a prime number, fewer than groups; with part of the batch as well."""
+    parts = [batch(size, 16, seed=k, dtype=torch.float32) for k, size in enumerate((8, 8, last))]
+    model, plain = (build("small", dtype=torch.float32) for _ in range(2))
+    draws = [{"generator": torch.Generator().manual_seed(3), "groups": 4, "ratio": ratio} for _ in range(2)]
+    losses = train(apart(task_of(model), "apart", **draws[0]), parts)
+    assert caplog.text.count("Further batches that do not fit") == 1
+    assert losses == by_strategy(plain, "apart", parts, own_loss(plain), uneven="fit", **draws[1])
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
 
 
 def test_mixed_targets_and_batches_of_any_size():
@@ -121,18 +134,27 @@ def test_mixed_targets_and_batches_of_any_size():
         apart(task_of(build("small")), "apart", groups=4, uneven="error")(*batch(7, 8))
 
 
-def test_an_overflow_skips_the_step():
-    model, bad = build("small", dtype=torch.float32), []
+@pytest.mark.parametrize("in_call", [1, 2])
+@pytest.mark.parametrize("method", ["apart", "sam", "apart-sam"])
+def test_an_overflow_skips_the_step(method, in_call):
+    """In either pass: weights stay, the scaler's factor is halved, and the next step is that of a plain loop."""
+    model, plain, calls = build("small", dtype=torch.float32), build("small", dtype=torch.float32), []
 
     def criterion(output, targets):
-        bad.append(1)
-        return cross_entropy(output, targets) * (torch.inf if len(bad) == 2 else 1.0)
+        calls.append(1)
+        return cross_entropy(output, targets) * (torch.inf if len(calls) == in_call else 1.0)
 
-    task, scaler = apart(task_of(model, criterion), "sam"), NativeScaler("cpu")
-    before = copy.deepcopy(dict(model.named_parameters()))
-    train(task, [batch(8, 8, dtype=torch.float32)], scaler=scaler)
+    parts = [batch(8, 8, seed=k, dtype=torch.float32) for k in range(2)]
+    task, scaler = apart(task_of(model, criterion), method, **HYPER[method]), NativeScaler("cpu")
+    before, factor = copy.deepcopy(dict(model.named_parameters())), scaler.state_dict()["scale"]
+    train(task, parts[:1], scaler=scaler)
     assert_same(dict(model.named_parameters()), before, tolerance=0)
-    train(task, [batch(8, 8, dtype=torch.float32)], scaler=scaler)
+    assert scaler.state_dict()["scale"] == factor / 2
+    train(task, parts[1:], scaler=scaler)
+    with torch.no_grad():
+        plain(parts[0][0])  # running statistics have seen the batch
+    by_strategy(plain, method, parts[1:], own_loss(plain), **HYPER[method])
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-6)
     assert not torch.equal(model.fc.weight, before["fc.weight"])
 
 
