@@ -552,6 +552,34 @@ def test_batches_that_do_not_tell_their_samples():
     assert_same(module.net.state_dict(), plain.state_dict(), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [1, 0.5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_labels_in_a_list_go_with_their_images(layout, ratio):
+    """So does a batch that is a list of samples, as collate functions of detectors leave it."""
+
+    class Named(Module):
+        def training_step(self, batch, batch_idx):
+            named = isinstance(batch, dict)
+            images = batch["pixel_values"] if named else torch.stack([image for image, _ in batch])
+            labels = torch.tensor([int(name) for name in batch["names"]] if named else [y for _, y in batch])
+            loss = cross_entropy(self.net(images.contiguous(memory_format=layout)), labels)
+            self.log("loss", loss, batch_size=8)
+            return loss
+
+    parts = batches(8, 8)
+    shaped = [part | {"pixel_values": part["pixel_values"].contiguous(memory_format=layout)} for part in parts]
+    plain = build("small", dtype=torch.float32).to(memory_format=layout)
+    losses = by_strategy(plain, "apart", shaped, own_loss(plain), groups=4, ratio=ratio)
+    names = [{"pixel_values": p["pixel_values"], "names": [str(y) for y in p["labels"].tolist()]} for p in shaped]
+    lists = [list(zip(part["pixel_values"], part["labels"].tolist())) for part in parts]
+    for made in (names, lists):
+        module = Named()
+        module.net = module.net.to(memory_format=layout)
+        fit(module, made, Apart("apart", groups=4, ratio=ratio))
+        assert module.said == pytest.approx(losses, rel=1e-6)
+        assert_same(module.net.state_dict(), plain.state_dict(), tolerance=1e-5)
+
+
 def test_without_lightning(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("apart_hf.integrations.lightning")]:
         monkeypatch.delitem(sys.modules, name)

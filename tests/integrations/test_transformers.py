@@ -528,6 +528,27 @@ def test_bad_input(arguments):
     assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
 
 
+@pytest.mark.parametrize("ratio", [1, 0.5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_labels_in_a_list_go_with_their_images(layout, ratio, arguments):
+    class Named(Keywords):
+        def forward(self, pixel_values, names=None):
+            return super().forward(pixel_values, torch.tensor([int(name) for name in names]))
+
+    def collated(items):
+        images = torch.stack([item["pixel_values"] for item in items]).contiguous(memory_format=layout)
+        return {"pixel_values": images, "names": [str(int(item["labels"])) for item in items]}
+
+    parts = batches(8, 8)
+    shaped = [part | {"pixel_values": part["pixel_values"].contiguous(memory_format=layout)} for part in parts]
+    plain = Keywords().to(memory_format=layout)
+    by_strategy(plain, "apart", shaped, own_loss(plain), groups=4, ratio=ratio)
+    model = Named().to(memory_format=layout)
+    args = arguments("apart", ratio, apart_groups=4, remove_unused_columns=False)
+    trained(OurTrainer, model, args, parts, data_collator=collated)
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-5)
+
+
 def test_without_transformers(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("apart_hf.integrations.transformers")]:
         monkeypatch.delitem(sys.modules, name)
