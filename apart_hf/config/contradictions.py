@@ -26,6 +26,25 @@ _OF_OPTIMIZER = {
     "betas": "opt_betas",
     "layer_decay": "layer_decay",
 }
+_DECIDED_OF_MODEL = {
+    "model_name": "use --model",
+    "name": "use --model",
+    "num_classes": "the data say how many there are",
+    "pretrained": "use --pretrained",
+    "checkpoint_path": "use --initial-checkpoint",
+    "weights": "use --pretrained-path",
+    "pretrained_path": "use --pretrained-path",
+}
+_DECIDED_OF_OPTIMIZER = {
+    "opt": "use --opt",
+    "params": "all that is trained in the model is optimised",
+    "model_or_params": "all that is trained in the model is optimised",
+    "param_group_fn": "all that is trained in the model is optimised",
+    "filter_bias_and_bn": "--weight-decay is on all parameters",
+    "weight_decay_exclude_1d": "--weight-decay is on all parameters",
+    "fallback_list": "--weight-decay is on all parameters",
+    "fallback_no_weight_decay": "--weight-decay is on all parameters",
+}
 
 
 def check_together(config: TrainConfig) -> None:
@@ -66,6 +85,8 @@ def _check_optimisation(config: TrainConfig) -> None:
             raise ApartError(
                 f"--opt-kwargs {key}= has a flag of its own; use --{_OF_OPTIMIZER[key].replace('_', '-')}."
             )
+        if key in _DECIDED_OF_OPTIMIZER:
+            raise ApartError(f"--opt-kwargs {key}= is decided already; {_DECIDED_OF_OPTIMIZER[key]}.")
 
 
 def _check_images(config: TrainConfig) -> None:
@@ -91,6 +112,8 @@ def _check_images(config: TrainConfig) -> None:
 
 def _check_model(config: TrainConfig) -> None:
     for key in key_values(config.model_kwargs):
+        if key in _DECIDED_OF_MODEL:
+            raise ApartError(f"--model-kwargs {key}= is decided already; {_DECIDED_OF_MODEL[key]}.")
         if getattr(config, _OF_MODEL.get(key, ""), None):
             flag = f"--{_OF_MODEL[key].replace('_', '-')}"
             raise ApartError(f"{flag} and --model-kwargs {key}= are the same; leave one of them out.")

@@ -52,6 +52,11 @@ def run_epochs(config: FilledConfig) -> int:
     Raises:
         ApartError: where timm makes no such schedule.
     """
+    if config.sched == "rsqrt" and not config.warmup_epochs:
+        raise ApartError(
+            "--sched rsqrt falls with the square root of the epochs, counted in those of the warmup, and "
+            "--warmup-epochs is 0; give it, for instance --warmup-epochs 5."
+        )
     nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     arguments = schedule_arguments(config, 1) | {"step_on_epochs": True}
     try:

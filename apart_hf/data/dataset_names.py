@@ -22,6 +22,9 @@ def without_prefix(name: str) -> str:
         ApartError: for a kind of dataset that is not read here, with what to use instead.
     """
     kind, slash, rest = name.partition("/")
+    if slash and "" in name.split("/") and kind not in ("torch", "wds", "tfds", "hfids"):
+        usual = f"{HUB}user/name" if kind == "hfds" else "user/name"
+        raise ApartError(f"--dataset {name}: needs a Hub id, {usual}; a folder of yours is --data-dir FOLDER.")
     if not slash or kind not in ("hfds", "hfids", "torch", "wds", "tfds"):
         return name
     if kind == "hfds":

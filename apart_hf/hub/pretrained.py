@@ -98,6 +98,10 @@ def find_pretrained(name: str, *, revision: str | None = None, afresh: bool = Fa
         name, _, of_name = repository.partition("@")
         revision = revision or of_name or None
     released = model_cards_folder() / name
+    is_here = name in list_pretrained() or Path(name).is_dir()
+    if revision is not None and is_here:
+        kind = "comes with apart_hf" if name in list_pretrained() else "is a folder here"
+        raise ApartError(f"{name} {kind} and has no revision {revision!r}; leave the revision out.")
     if name in list_pretrained():
         return released
     if Path(name).is_dir():

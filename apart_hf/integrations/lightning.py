@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from apart_hf.errors import ApartError
 from apart_hf.integrations.extras import brought_by
 from apart_hf.integrations.lightning_step import NoLoss, StepCall, check_module
-from apart_hf.strategies.batches import count_samples
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.loss import create_loss
 from apart_hf.strategies.methods import check_hyper_parameters
 from apart_hf.strategies.perturbation import processes
+from apart_hf.strategies.sample_count import count_samples
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss
 
@@ -133,10 +133,10 @@ class Apart(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the loss of the module that is trained, and go on from a checkpoint's state, or from an earlier fit."""
         check_module(pl_module)
-        before = self.loss.state_dict() if self.loss is not None and self._module is pl_module else {}
+        before = self.loss if self._module is pl_module else None
         self.loss = create_loss(self.method, cast(nn.Module, trainer.strategy.model), StepCall.in_pass, **self._options)
         self._module = pl_module
-        state, self._kept = dict(self._kept or before), None
+        state, self._kept = dict(self._kept or {}), None
         by_process = state.pop(_RANDOM, None)
         if by_process is not None:
             self._random = by_process[dist.get_rank() % len(by_process) if processes() > 1 else 0]
@@ -144,6 +144,8 @@ class Apart(Callback):
             state |= {"generator": self._random} if "generator" in state else {}
         if state:
             self.loss.load_state_dict(state)
+        elif before is not None:
+            self.loss.go_on_from(before)
 
     def _go_on_drawing(self) -> None:
         if self.generator is None and self._random is not None:

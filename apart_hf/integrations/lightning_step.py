@@ -12,10 +12,9 @@ from apart_hf.errors import ApartError
 from apart_hf.integrations.extras import brought_by
 from apart_hf.integrations.untraced import Traces
 
-with brought_by("lightning", "lightning", "torchmetrics"):
+with brought_by("lightning", "lightning"):
     from lightning import LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
-    from torchmetrics import Metric, MetricCollection
 
 
 def check_module(module: LightningModule) -> None:
@@ -56,8 +55,7 @@ class StepCall:
     def __init__(self, trainer: Trainer, module: LightningModule):
         self._trainer, self._module = trainer, module
         self._logging = [m for m in module.modules() if m is module or isinstance(m, LightningModule)]
-        metrics = [m for m in module.modules() if isinstance(m, (Metric, MetricCollection))]
-        self._traces = Traces([*self._logging, *metrics])
+        self._traces = Traces([module])
 
     @staticmethod
     def in_pass(network: nn.Module, batch: tuple[Any, Any, StepCall]) -> Any:

@@ -10,12 +10,23 @@ import torch
 from torch import nn
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.checks import check_criterion
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.loss import create_loss
-from apart_hf.strategies.two_pass_loss import TwoPassLoss
+from apart_hf.strategies.methods import METHODS
+from apart_hf.strategies.two_pass_loss import TwoPassLoss, check_options
 
 Task = TypeVar("Task", bound=nn.Module)
 KEY = "apart_hf"  # of our part in the task's state
+_ELSEWHERE = {
+    "accelerator": "timm's script has its own scaler, which calls backward",
+    "autocast": "both passes take the autocast that the script puts around the task",
+    "backward": "the script calls it on the loss of the task's result",
+    "criterion": "the task has it: ClassificationTask(model, criterion)",
+    "loss_fn": "the task computes the loss",
+    "model": "the task has it: ClassificationTask(model, criterion)",
+    "samples": "the task's tensors tell how many there are",
+}
 
 
 def apart(
@@ -65,6 +76,10 @@ def apart(
         )
     if "forward" in task.__dict__:
         raise ApartError("the task has its forward replaced already; call apart once.")
+    check_options(name, hyper, _ELSEWHERE)
+    if METHODS[name].perturbations:
+        for part in (*vars(task).values(), *task.children()):
+            check_criterion(part)
     options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, **hyper}
     forward = TaskForward(task, name, options)
     kept, load = cast(Any, task).get_task_state, cast(Any, task).load_task_state
@@ -125,8 +140,8 @@ class TaskForward:
     def __call__(self, *inputs: Any, **named: Any) -> dict[str, Any]:
         """Compute what the task returns: its loss, whose backward adds the method's gradient, and outputs, detached."""
         if self.loss.model is not self.task.get_trainable_module():
-            state, self.loss = self.loss.state_dict(), self._loss()
-            self.loss.load_state_dict(state)
+            before, self.loss = self.loss, self._loss()
+            self.loss.go_on_from(before)
         loss, result = self.loss((inputs, named))
         result["loss"] = loss
         return result

@@ -13,9 +13,10 @@ from apart_hf.errors import ApartError
 from apart_hf.integrations.extras import brought_by
 from apart_hf.integrations.transformers_arguments import ApartTrainingArguments, method_options
 from apart_hf.integrations.untraced import Traces
-from apart_hf.strategies.batches import count_samples
+from apart_hf.strategies.checks import check_model
 from apart_hf.strategies.loss import create_loss
 from apart_hf.strategies.methods import create_strategy
+from apart_hf.strategies.sample_count import count_samples
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss
 
@@ -91,6 +92,9 @@ class ApartMixin:
             )
 
     def __init__(self, *args: Any, **kwargs: Any):
+        model = kwargs.get("model", args[0] if args else None)
+        if model is not None:
+            check_model(model)  # before transformers asks it for what no other object has
         super().__init__(*args, **kwargs)
         trainer: Any = self
         trainer.callback_handler.callbacks.insert(0, ApartState())  # the first: others may set what it has begun
@@ -170,10 +174,11 @@ class ApartMixin:
         """Return the loss of the model that is trained, which is made, or made anew, once it is wrapped."""
         keeper = self._keeper
         if keeper.loss is None or keeper.loss.model is not model:
-            state = keeper.state()["attributes"]["kept"]
-            keeper.loss = self._make(create_loss, model, _Call.in_pass)
-            if state is not None:
-                keeper.loss.load_state_dict(state)
+            before, keeper.loss = keeper.loss, self._make(create_loss, model, _Call.in_pass)
+            if before is not None:
+                keeper.loss.go_on_from(before)
+            elif keeper.kept is not None:
+                keeper.loss.load_state_dict(keeper.kept)
         return keeper.loss
 
     def _make(self, create: Callable[..., Any], *inputs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from apart_hf.errors import ApartError
 from apart_hf.integrations.extras import brought_by
-from apart_hf.strategies.hyper_parameters import Uneven
+from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.methods import check_hyper_parameters, list_strategies
 
 with brought_by("transformers", "transformers"):
@@ -44,7 +44,7 @@ class ApartTrainingArguments(TrainingArguments):
         ('apart-sam', 4, None)
     """
 
-    apart_method: str = _argument("apart", f"How gradients are computed: {', '.join(list_strategies())}.")
+    apart_method: MethodName = _argument("apart", f"How gradients are computed: {', '.join(list_strategies())}.")
     apart_epsilon: float | None = _argument(
         None, "Radius of the perturbation of BatchNorm's statistics, as a share of the batch's own mean and scale."
     )

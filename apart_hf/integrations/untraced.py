@@ -6,12 +6,14 @@ what they count.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+
+from apart_hf.integrations.restored import children_of, length_of, restores_of
 
 _OWN = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: whoever changes these in a pass restores them
 _LONG = 10_000  # items; a longer container is looked into only where the first call has changed its length
@@ -20,23 +22,41 @@ _LONG = 10_000  # items; a longer container is looked into only where the first 
 class Traces:
     """Keeps all calls in a step but the first from the attributes that count and collect.
 
-    Attributes are set back to what they were, numbers and all. In place are set back tensors that the first call has
-    changed, lists, sets, deques and dicts, with the containers that a dict holds. What other objects hold is theirs.
+    Attributes are set back to what they were, numbers and all, those of modules within the owners, too. In place are
+    set back tensors that the first call has changed, arrays, lists, sets, deques and dicts, and what such containers
+    hold. What objects of other classes hold is theirs.
 
     Args:
         owners: of the attributes, as they are before the first call.
     """
 
     def __init__(self, owners: Iterable[Any]):
-        self._owners = list(owners)
+        self._owners: list[Any] = []
         self._calls = 0
         # with the value itself: an id is that of one that lives
-        self._marks = {
-            id(value): (_mark(value), value) for _, before in self._attributes() for value in before.values()
-        }
+        self._marks: dict[int, tuple[int | None, Any]] = {}
+        self._known: set[int] = set()
+        for owner in owners:
+            self._own(owner)
 
-    def _attributes(self) -> list[tuple[Any, dict[str, Any]]]:
-        return [(owner, {k: v for k, v in vars(owner).items() if k not in _OWN}) for owner in self._owners]
+    def _own(self, owner: Any) -> None:
+        """Take an owner, the modules within it, and those that its attributes hold."""
+        for one in owner.modules() if isinstance(owner, nn.Module) else (owner,):
+            if id(one) not in self._known:
+                self._known.add(id(one))
+                self._owners.append(one)
+                for value in _attributes(one).values():
+                    self._look(value)
+
+    def _look(self, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self._own(value)
+        length = length_of(value)
+        is_container = length is not None or children_of(value)
+        if (is_container or isinstance(value, Tensor)) and id(value) not in self._marks:
+            self._marks[id(value)] = (_mark(value), value)
+            for child in children_of(value) if (length or 0) <= _LONG else ():
+                self._look(child)
 
     def _is_as_before(self, value: Any) -> bool:
         return id(value) in self._marks and self._marks[id(value)][0] == _mark(value)
@@ -51,8 +71,12 @@ class Traces:
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """Undo at the end what the block does to the attributes."""
-        attributes = self._attributes()
-        restores = [self._restore_of(value) for _, before in attributes for value in before.values()]
+        attributes = [(owner, _attributes(owner)) for owner in self._owners]
+        restores: list[Callable[[], None]] = []
+        seen: set[int] = set()
+        for _, before in attributes:
+            for value in before.values():
+                self._collect(value, restores, seen)
         try:
             yield
         finally:
@@ -61,43 +85,29 @@ class Traces:
                     del vars(owner)[key]
                 vars(owner).update(before)
             for restore in restores:
-                if restore is not None:
-                    restore()
+                restore()
 
-    def _restore_of(self, value: Any) -> Callable[[], None] | None:
-        """Make what sets a value back in place; None: it cannot change, or is left alone."""
-        if isinstance(value, Tensor):
-            return None if self._is_as_before(value) else _restore_tensor(value)
-        if isinstance(value, (dict, list, deque, set)):
-            return None if len(value) > _LONG and self._is_as_before(value) else _restore_container(value)
-        return None
+    def _collect(self, value: Any, restores: list[Callable[[], None]], seen: set[int]) -> None:
+        """Collect what sets a value back, and what it holds."""
+        is_tensor, length = isinstance(value, Tensor), length_of(value)
+        if (is_tensor or (length or 0) > _LONG) and self._is_as_before(value):
+            return
+        if is_tensor or isinstance(value, np.ndarray) or length is not None or children_of(value):
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+        restores += restores_of(value)
+        for child in children_of(value):
+            if not ((length or 0) > _LONG and isinstance(child, Tensor)):  # results of all steps, say
+                self._collect(child, restores, seen)
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(owner).items() if key not in _OWN}
 
 
 def _mark(value: Any) -> int | None:
     """Tell what changes when a value is changed in place."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
-    return len(value) if isinstance(value, (dict, list, deque, set)) else None
-
-
-def _restore_tensor(value: Tensor) -> Callable[[], None]:
-    data, kept = value.detach(), value.detach().clone()
-
-    def restore() -> None:
-        data.copy_(kept)
-
-    return restore
-
-
-def _restore_container(value: Any) -> Callable[[], None]:
-    items, inner = list(value.items() if isinstance(value, dict) else value), []
-    if isinstance(value, dict):
-        inner = [_restore_container(item) for _, item in items if isinstance(item, (dict, list, deque, set))]
-
-    def restore() -> None:
-        value.clear()
-        value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
-        for one in inner:
-            one()
-
-    return restore
+    return length_of(value)

@@ -112,6 +112,10 @@ def _check_device(name: str | None, accelerator: Accelerator) -> None:
     except RuntimeError as error:
         raise ApartError(f"--device {name}: torch knows no such device; cuda and cpu are two.") from error
     used = accelerator.device
+    if wanted.type == used.type == "cpu":
+        if wanted.index:
+            raise ApartError(f"--device {name}: the CPU is one device, without a number; use --device cpu.")
+        return
     if wanted.type != used.type or (wanted.index is not None and accelerator.num_processes == 1 and wanted != used):
         cure = "set ACCELERATE_USE_CPU=true" if wanted.type == "cpu" else "see nvidia-smi and CUDA_VISIBLE_DEVICES"
         raise ApartError(f"--device {name}: accelerate computes on {used} here; {cure}, or leave the flag out.")

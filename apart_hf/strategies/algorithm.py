@@ -12,12 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.patching import TooFewValues, kept_buffers, untracked_statistics
 from apart_hf.errors import ApartError
-from apart_hf.strategies.batches import check_rows, count_samples, detached, map_tensors, rows_of, select_samples
+from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
 from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.perturbation import draw_device, processes
+from apart_hf.strategies.sample_count import count_samples, rows_of
+from apart_hf.strategies.samples import can_be_sorted, check_rows, select_samples
+from apart_hf.strategies.scalars import python_number
 from apart_hf.strategies.state import StrategyState
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ class Algorithm(StrategyState):
             ApartError: where the batch is empty, its samples cannot be counted, or they do not fit.
         """
         self.perturbed_loss = None  # of this batch
+        samples = python_number(samples)
         if samples == 0 or (samples is None and rows_of(batch) == [0]):
             raise ApartError("the batch has no samples; leave empty batches out.")
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 0):
@@ -93,11 +97,8 @@ class Algorithm(StrategyState):
         if not self.counts_samples:
             return Plan(1, 1, [[{} for _ in self.perturbations]])
         plan = self._fitting(count_samples(batch) if samples is None else samples)
-        if plan is not None and plan.attempts:
-            with changed(self.perturbations, plan.attempts[0]):
-                is_sorted = all(p.order(plan.size) is None for p in self.perturbations)
-            if plan.size < plan.samples or not is_sorted:
-                check_rows(batch, plan.samples, strict=strict)
+        if plan is not None and plan.attempts and plan.size < plan.samples:
+            check_rows(batch, plan.samples, strict=strict)
         return plan
 
     def _fitting(self, samples: int) -> Plan | None:
@@ -184,9 +185,11 @@ class Algorithm(StrategyState):
             device = draw_device(self.generator, self.model)
             chosen = torch.randperm(plan.samples, generator=self.generator, device=device)[: plan.size]
         ascended = [dict(vars(p)) for p in self.perturbations] if len(plan.attempts) > 1 else []
+        # the order of a whole batch is for speed alone
+        sorts = chosen is not None or can_be_sorted(batch, plan.samples)
         for attempt in plan.attempts:
             try:
-                with changed(self.perturbations, attempt), ExitStack() as applied:
+                with changed(self.perturbations, attempt), self._sorting(sorts), ExitStack() as applied:
                     part = self._part(batch, chosen, plan)
                     for perturbation in sorted(self.perturbations, key=lambda p: p.applied_last):
                         applied.enter_context(perturbation.applied(plan.size))
@@ -202,6 +205,10 @@ class Algorithm(StrategyState):
                 self._notice.fitted(plan, attempt, self.ratio * plan.samples)
                 return
         self.one_pass(batch, loss_fn, backward, weight)
+
+    def _sorting(self, sorts: bool) -> AbstractContextManager[None]:
+        """Let perturbations put samples in an order of theirs within the block, or not."""
+        return nullcontext() if sorts else changed(self.perturbations, [{"sorts": False}] * len(self.perturbations))
 
     def _part(self, batch: Any, chosen: Tensor | None, plan: Plan) -> Any:
         """Take S of Algorithm 1, lines 6 and 7: the whole batch in its order, or those that are `chosen`.

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import Shared, replaced_forwards, supported_layers
 from apart_hf.errors import ApartError
-from apart_hf.strategies.perturbation import Perturbation, checked_radius, draw_device, processes
+from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, draw_device, processes
+from apart_hf.strategies.scalars import python_number
 
 # Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
 # only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest
@@ -45,6 +46,7 @@ class GroupStatistics(Perturbation):
     applied_last = True
 
     def __init__(self, model: nn.Module, *, groups: int):
+        groups = python_number(groups)
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
             raise ApartError(f"groups={groups!r}: the number of groups must be an integer >= 1.")
         self.model, self.groups = model, groups
@@ -109,7 +111,7 @@ class GroupStatistics(Perturbation):
 
     def _in_blocks(self) -> bool:
         """Tell whether groups are runs of samples: where channels lie innermost, these need no copy."""
-        return self.groups > 1 and any(is_channels_last(p) for p in self.model.parameters())
+        return self.sorts and self.groups > 1 and any(is_channels_last(p) for p in self.model.parameters())
 
     def order(self, samples: int) -> Tensor | None:
         return _by_groups(samples, self.groups, next(self.model.parameters()).device) if self._in_blocks() else None
@@ -142,7 +144,8 @@ class AdversarialStatistics(GroupStatistics):
 
     def __init__(self, model: nn.Module, *, epsilon: float, groups: int, local_attack: bool):
         super().__init__(model, groups=groups)
-        self.epsilon, self.local_attack = checked_radius("epsilon", epsilon, "the paper uses 0.1"), local_attack
+        self.epsilon = checked_radius("epsilon", epsilon, "the paper uses 0.1")
+        self.local_attack = checked_option("local_attack", local_attack)
         self._eps = torch.zeros(())
 
     def observed(self, samples: int) -> AbstractContextManager[None]:

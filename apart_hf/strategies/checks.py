@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import gc
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from apart_hf.errors import ApartError
 from apart_hf.strategies.perturbation import processes
+from apart_hf.strategies.wrapping import wraps
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineEngine")
 
@@ -48,33 +46,30 @@ def check_model(model: Any, accelerator: Any = None) -> None:
                     "on each process; use DistributedDataParallel."
                 )
     shares = str(getattr(accelerator, "distributed_type", "")).rpartition(".")[2].startswith("MULTI")
-    if shares and not _wraps(model) and any(p.requires_grad for p in model.parameters()):
+    if shares and not wraps(model) and any(p.requires_grad for p in model.parameters()):
         raise ApartError(
             f"accelerate trains with {processes()} processes and the model is not prepared, so that their gradients "
             "would not be averaged; make the strategy of the model that accelerator.prepare returns."
         )
 
 
-def check_wrapping(model: nn.Module) -> None:
-    """Refuse a strategy whose model was wrapped in DistributedDataParallel after the strategy was made.
+def check_helpers(accelerator: Any, autocast: Any) -> None:
+    """Refuse what cannot do its part in a step.
 
     Raises:
-        ApartError: where a wrapper around the model's parameters is not part of it; with a single process, too, since
-            more of them would train apart.
+        ApartError: for an accelerator without `backward`, and an autocast that is not called.
     """
-    if not (dist.is_available() and dist.is_initialized()) or _wraps(model):
-        return
-    weights = {id(p) for p in model.parameters()}
-    for found in gc.get_objects():
-        if issubclass(type(found), DistributedDataParallel) and any(id(p) in weights for p in found.parameters()):
-            raise ApartError(
-                "the model is trained in DistributedDataParallel, and the strategy was made before it was wrapped, so "
-                "that gradients would not be averaged; make the strategy of the wrapped model (after prepare)."
-            )
-
-
-def _wraps(model: nn.Module) -> bool:
-    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if accelerator is not None and not callable(getattr(accelerator, "backward", None)):
+        raise ApartError(
+            f"accelerator={accelerator!r} is of type {type(accelerator).__name__}, which has no backward; pass an "
+            "accelerate.Accelerator, or leave it out."
+        )
+    is_context = hasattr(autocast, "__enter__") and not isinstance(autocast, type)  # torch's is callable as well
+    if autocast is not None and (is_context or not callable(autocast)):
+        raise ApartError(
+            f"autocast={autocast!r} is of type {type(autocast).__name__}; pass a function that makes the context, for "
+            'instance lambda: torch.autocast("cuda", torch.bfloat16).'
+        )
 
 
 def check_criterion(criterion: Any) -> None:
@@ -123,6 +118,8 @@ def check_loss(loss: Any) -> Tensor:
             f"the loss has the shape {tuple(loss.shape)}, and a step needs one number; take the mean over the samples "
             "(reduction='mean')."
         )
+    if loss.is_complex():
+        raise ApartError(f"the loss is complex ({loss.dtype}), and a step needs a real number; take its real part.")
     if not loss.requires_grad:
         raise ApartError(
             "the loss does not require grad: it is detached, or nothing that it depends on is trained; call "

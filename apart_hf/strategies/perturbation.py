@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.scalars import python_number
 
 
 class Perturbation:
@@ -68,6 +69,8 @@ class Perturbation:
     counts_samples: ClassVar[bool] = True
     #: True where `applied` reads the weights, so that others which move them are applied before.
     applied_last: ClassVar[bool] = False
+    #: False within a pass whose samples cannot be put in another order; `order` then names none.
+    sorts: bool = True
 
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model
@@ -204,6 +207,7 @@ class Perturbation:
 
 def checked_radius(name: str, value: Any, usual: str) -> float:
     """Return `value`, or raise ApartError where it is no radius, which is a finite number >= 0."""
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ApartError(f"{name}={value!r}: the radius must be a finite number >= 0 ({usual}).")
     return value
@@ -212,6 +216,14 @@ def checked_radius(name: str, value: Any, usual: str) -> float:
 def draw_device(generator: torch.Generator | None, model: nn.Module) -> torch.device:
     """Tell where random numbers are drawn: where the generator is, or where the model is, so that nothing waits."""
     return next(model.parameters()).device if generator is None else generator.device
+
+
+def checked_option(name: str, value: Any) -> bool:
+    """Return `value`, or raise ApartError where it is neither True nor False."""
+    value = python_number(value)
+    if not isinstance(value, bool):
+        raise ApartError(f"{name}={value!r}: the option is True or False.")
+    return value
 
 
 def processes() -> int:

@@ -10,6 +10,8 @@ from torch import nn
 from apart_hf.errors import ApartError
 from apart_hf.strategies.fitting import whole_size
 from apart_hf.strategies.hyper_parameters import Uneven
+from apart_hf.strategies.saved_state import check_state, made_with, say_overridden
+from apart_hf.strategies.scalars import python_number, python_numbers
 
 if TYPE_CHECKING:
     from apart_hf.strategies.methods import Method
@@ -48,11 +50,18 @@ class StrategyState:
         every: int = 1,
         uneven: Uneven = "error",
     ):
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ApartError(
+                f"generator={generator!r} is of type {type(generator).__name__}; pass a torch.Generator, for instance "
+                "torch.Generator().manual_seed(0)."
+            )
         self.name, self.method, self.model, self.generator = name, method, model, generator
+        hyper, every = python_numbers(hyper), python_number(every)
         self.hyper: dict[str, Any] = HyperParameters(hyper)
         self.every, self.uneven, self.steps = every, uneven, 0
         self._check(hyper, every, uneven)
         self.perturbations = self._made(hyper)
+        self._made_with = self._in_use()
 
     def __repr__(self) -> str:
         shown = {key: value for key, value in self.hyper.items() if value is not False}
@@ -127,6 +136,7 @@ class StrategyState:
             >>> strategy
             apart-sam(epsilon=0.1, groups=4, rho=0.2, ratio=1.0, every=2)
         """
+        changes = python_numbers(changes)
         every, uneven = changes.pop("every", self.every), changes.pop("uneven", self.uneven)
         for key in changes:
             if key not in self.hyper:
@@ -134,7 +144,8 @@ class StrategyState:
                 raise ApartError(f"method {self.name!r} has no hyper-parameter {key!r} to set; it has {has}.")
         hyper = self.hyper | changes
         self._check(hyper, every, uneven)
-        changed = frozenset(key for key, value in hyper.items() if value != self.hyper[key])
+        same = (bool, int, float, str)  # a tensor, say, is for the perturbation to judge
+        changed = frozenset(k for k, v in hyper.items() if not isinstance(v, same) or v != self.hyper[k])
         if changed:
             self._take_over(self._made(hyper), changed)
         self.hyper, self.every, self.uneven = HyperParameters(hyper), every, uneven
@@ -143,24 +154,28 @@ class StrategyState:
         """Return what must be kept between steps to go on exactly.
 
         Returns:
-            The hyper-parameters under "hyper", "every", the number of "steps" that were made, and, where a generator
-            was given, its state under "generator".
+            The "name" of the method, its hyper-parameters under "hyper", "every" and "uneven", the number of "steps"
+            that were made, what the strategy was made with, and, where a generator was given, its state under
+            "generator".
 
         Example:
             >>> import timm, torch
             >>> from apart_hf import create_strategy
             >>> model, generator = timm.create_model("test_resnet"), torch.Generator().manual_seed(0)
             >>> state = create_strategy("sam", model, generator=generator, every=3).state_dict()
-            >>> state.pop("generator").dtype, state
-            (torch.uint8, {'steps': 0, 'every': 3, 'hyper': {'rho': 0.05, 'global_norm': False}})
+            >>> state["name"], state["steps"], state["every"], state["hyper"]
+            ('sam', 0, 3, {'rho': 0.05, 'global_norm': False})
         """
-        state: dict[str, Any] = {"steps": self.steps, "every": self.every, "hyper": dict(self.hyper)}
+        state: dict[str, Any] = {"name": self.name, "steps": self.steps, "every": self.every, "uneven": self.uneven}
+        state |= {"hyper": dict(self.hyper), "made_with": dict(self._made_with)}
         return state if self.generator is None else state | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` returned.
 
-        What the state lacks stays as it is: earlier versions kept the generator alone.
+        Hyper-parameters, `every` and `uneven` are then those of the state. A warning says so where the strategy was
+        made with others than the one that was saved; what `set` has changed in between goes on without one. What the
+        state lacks stays as it is: earlier versions kept the generator alone.
 
         Args:
             state: that of a strategy of the same method.
@@ -179,24 +194,30 @@ class StrategyState:
             >>> torch.equal(one.generator.get_state(), other.generator.get_state()), other.hyper["epsilon"]
             (True, 0.2)
         """
-        if ("generator" in state) != (self.generator is not None):
-            has, lacks = ("state", "strategy") if "generator" in state else ("strategy", "state")
-            raise ApartError(f"the {has} has a generator, the {lacks} has none; pass generator= as when it was saved.")
+        given = self._made_with
+        self._load(state)
+        say_overridden(self.name, given, self._made_with, self._in_use())
+
+    def take_over(self, other: StrategyState) -> None:
+        """Go on from where another strategy of the same method is, which was made with the same; see `set`."""
+        self._load(other.state_dict())
+
+    def _load(self, state: dict[str, Any]) -> None:
+        check_state(self.name, self.hyper, self.generator is not None, state)
         hyper = state.get("hyper", self.hyper)
-        if hyper.keys() != self.hyper.keys():
-            raise ApartError(
-                f"the state has the hyper-parameters {', '.join(hyper) or 'of a plain step'}, and the method "
-                f"{self.name!r} has {', '.join(self.hyper) or 'none'}; load the state of a strategy of the same method."
-            )
-        self.set(**hyper, every=state.get("every", self.every))
+        self.set(**hyper, every=state.get("every", self.every), uneven=state.get("uneven", self.uneven))
         self.steps = state.get("steps", self.steps)
         if self.generator is not None:
             self.generator.set_state(state["generator"])
+        self._made_with = self._made_with | made_with(state)
+
+    def _in_use(self) -> dict[str, Any]:
+        return {**self.hyper, "every": self.every, "uneven": self.uneven}
 
     def _check(self, hyper: dict[str, Any], every: Any, uneven: Any) -> None:
         """Check what no perturbation does."""
         ratio = hyper.get("ratio", 1.0)
-        if not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
+        if not (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio <= 1):
             raise ApartError(f"ratio={ratio!r}: N/M, the share of the batch in the second pass, is in (0, 1].")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ApartError(f"every={every!r}: the second pass is made in each so-manieth step, an integer >= 1.")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from apart_hf.strategies.algorithm import Algorithm, Backward, LossFunction
-from apart_hf.strategies.batches import count_images
-from apart_hf.strategies.checks import check_criterion, check_training, check_wrapping
+from apart_hf.strategies.checks import check_criterion, check_helpers, check_training
 from apart_hf.strategies.hyper_parameters import HasBackward, Uneven
+from apart_hf.strategies.sample_count import count_images
+from apart_hf.strategies.wrapping import WrappingCheck
 
 if TYPE_CHECKING:
     from apart_hf.strategies.methods import Method
@@ -59,8 +60,9 @@ class TwoPassStrategy(Algorithm):
         every: int = 1,
         uneven: Uneven = "error",
     ):
+        check_helpers(accelerator, autocast)
         super().__init__(name, method, model, hyper, generator=generator, autocast=autocast, every=every, uneven=uneven)
-        self._accelerator, self._wrapping_is_known = accelerator, False
+        self._accelerator, self._wrapping = accelerator, WrappingCheck(model)
 
     def accumulate(
         self,
@@ -106,6 +108,8 @@ class TwoPassStrategy(Algorithm):
             >>> loss.shape, aux["logits"].shape
             (torch.Size([]), torch.Size([8, 10]))
         """
+        if self.perturbations:
+            check_criterion(loss_fn)
         return self._accumulate(batch, loss_fn, samples, samples is None, backward, perturb, ends_step)
 
     def accumulate_gradients(
@@ -166,9 +170,7 @@ class TwoPassStrategy(Algorithm):
         perturb: bool,
         ends_step: bool | None,
     ) -> tuple[Tensor, Any]:
-        if not self._wrapping_is_known:
-            check_wrapping(self.model)
-            self._wrapping_is_known = True
+        self._wrapping()
         check_training(self.model)
         if backward is None:
             backward = Tensor.backward if self._accelerator is None else self._accelerator.backward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -12,15 +12,41 @@ from torch.autograd.function import once_differentiable
 from apart_hf.errors import ApartError
 from apart_hf.strategies.autocast import AmbientAutocast
 from apart_hf.strategies.batches import detached
-from apart_hf.strategies.checks import check_loss, check_model, check_wrapping, split_result
+from apart_hf.strategies.checks import check_criterion, check_loss, check_model, split_result
 from apart_hf.strategies.ddp import find_ddp, runs_within, within_forward
 from apart_hf.strategies.fitting import Plan
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
-from apart_hf.strategies.methods import create_strategy
+from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
+from apart_hf.strategies.wrapping import WrappingCheck
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
+
+
+_ELSEWHERE = {
+    "accelerator": "call accelerator.backward(loss), and give the call ends_step=accelerator.sync_gradients",
+    "autocast": "both passes take the autocast that is around the call",
+    "backward": "call loss.backward(), or what the loop has in its place",
+    "samples": "give it to the call: compute_loss(batch, samples=N)",
+}
+
+
+def check_options(name: str, hyper: Iterable[str], elsewhere: Mapping[str, str] = _ELSEWHERE) -> None:
+    """Refuse what a strategy takes and a loss has no use for, and what is no hyper-parameter.
+
+    Args:
+        name: of the method.
+        hyper: names of options.
+        elsewhere: what to do instead, by such names.
+
+    Raises:
+        ApartError: for an unknown method, too.
+    """
+    for key in hyper:
+        if key in elsewhere:
+            raise ApartError(f"{key}= is not taken here: {elsewhere[key]}.")
+    check_hyper_parameters(name, hyper)
 
 
 class _Finished(torch.autograd.Function):
@@ -71,12 +97,15 @@ class TwoPassLoss(Generic[Batch, Result]):
         uneven: Uneven,
         hyper: dict[str, Any],
     ):
+        check_options(name, hyper)
         check_model(model)
         if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
             raise ApartError(
                 f"loss_fn is an object of type {type(loss_fn).__name__}, and is to be a function of model and batch: "
                 "lambda model, batch: criterion(model(batch[0]), batch[1])."
             )
+        if METHODS[name].perturbations:
+            check_criterion(loss_fn)
         self.model, self.loss_fn = model, loss_fn
         self._ddp = find_ddp(model)
         network = model if self._ddp is None else self._ddp.module
@@ -84,7 +113,7 @@ class TwoPassLoss(Generic[Batch, Result]):
         self.strategy = create_strategy(
             name, network, generator=generator, autocast=self._autocast.again, every=every, uneven=uneven, **hyper
         )
-        self._backward, self._wrapping_is_known = InnerBackward(network), False
+        self._backward, self._wrapping = InnerBackward(network), WrappingCheck(model)
 
     def __call__(
         self, batch: Batch, *, samples: int | None = None, perturb: bool = True, ends_step: bool = True
@@ -105,9 +134,8 @@ class TwoPassLoss(Generic[Batch, Result]):
         Raises:
             ApartError: as `TwoPassStrategy.accumulate` does.
         """
-        if not self._wrapping_is_known and not runs_within():
-            check_wrapping(self.model)
-            self._wrapping_is_known = True
+        if not runs_within():
+            self._wrapping()
         network = self.strategy.model
         trains = network.training and torch.is_grad_enabled()
         plan = self.strategy.plan(batch, samples, strict=samples is None, perturb=perturb) if trains else None
@@ -174,8 +202,8 @@ class TwoPassLoss(Generic[Batch, Result]):
             >>> import timm, torch
             >>> from apart_hf import create_loss
             >>> model = timm.create_model("test_resnet", num_classes=10)
-            >>> create_loss("sam", model, lambda model, batch: model(batch).logsumexp(1).mean()).state_dict()
-            {'steps': 0, 'every': 1, 'hyper': {'rho': 0.05, 'global_norm': False}}
+            >>> create_loss("sam", model, lambda model, batch: model(batch).logsumexp(1).mean()).state_dict()["hyper"]
+            {'rho': 0.05, 'global_norm': False}
         """
         return self.strategy.state_dict() | self._backward.state_dict()
 
@@ -200,3 +228,8 @@ class TwoPassLoss(Generic[Batch, Result]):
         """
         self.strategy.load_state_dict(state)
         self._backward.load_state_dict(state)
+
+    def go_on_from(self, other: TwoPassLoss[Any, Any]) -> None:
+        """Go on where another loss of the same method and options is, whose model is now wrapped in another way."""
+        self.strategy.take_over(other.strategy)
+        self._backward.load_state_dict(other.state_dict())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from apart_hf.errors import ApartError
-from apart_hf.strategies.perturbation import Perturbation, checked_radius, processes
+from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, processes
 
 
 class Weights(Perturbation):
@@ -32,7 +32,7 @@ class Weights(Perturbation):
     counts_samples = False
 
     def __init__(self, model: nn.Module, *, rho: float, global_norm: bool):
-        self.model, self.global_norm = model, global_norm
+        self.model, self.global_norm = model, checked_option("global_norm", global_norm)
         self.rho = checked_radius("rho", rho, "the paper uses 0.05 to 0.2")
         self._steps: list[tuple[nn.Parameter, Tensor]] = []
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -15,9 +16,19 @@ from apart_hf.errors import ApartError, OneProcessError, one_line
 from apart_hf.utils.processes import rank
 from apart_hf.utils.said_once import is_first_to_say
 
+_program: ContextVar[str | None] = ContextVar("program", default=None)  # that runs, as its user knows it
+
 
 class Parser(argparse.ArgumentParser):
-    """Parses a command line; bad input ends in one line and exit code 2."""
+    """Parses a command line; bad input ends in one line and exit code 2.
+
+    Args:
+        prog: the name of the program; None: of the command that runs.
+        **options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, prog: str | None = None, **options: Any):
+        super().__init__(prog=prog or _program.get(), **options)
 
     def error(self, message: str) -> NoReturn:
         text = f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n"
@@ -45,6 +56,7 @@ def run_command(command: Callable[[str], object], *, prog: str | None = None) ->
         prog: that name; None: of the script.
     """
     prog = prog or Path(sys.argv[0]).name
+    token = _program.set(prog)
     try:
         with forgiving_output(), logging_to_output():
             command(prog)
@@ -54,6 +66,8 @@ def run_command(command: Callable[[str], object], *, prog: str | None = None) ->
             process = f"process {rank()}: " if rank() else ""
             print(f"{prog}: error: {process}{text}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        _program.reset(token)
 
 
 class _Forgiving:

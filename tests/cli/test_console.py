@@ -54,6 +54,7 @@ def test_every_command_has_help_under_the_name_of_the_program(name, capsys):
         (["pull", "none"], "unknown pretrained model 'none'"),
         (["pack", "out", "--dataset", "cifar"], "unknown dataset 'cifar'"),
         (["reproduce", "table9"], "argument table: invalid choice: 'table9'"),
+        (["reproduce", "table1", "--dry-run", "--", "--foo", "1"], "unrecognized arguments: --foo 1"),
         (["analyse", "attack", "--checkpoint", "none"], "unknown pretrained model 'none'"),
         (["list", "models", "recipe"], "there is no list of 'recipe'"),
     ],

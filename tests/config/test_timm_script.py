@@ -136,11 +136,24 @@ def test_every_difference_names_flags_that_both_have():
         assert flags and set(flags) <= OURS & set(FACTS["flags"]), cell
 
 
+@pytest.mark.parametrize("name", ["/x", "x/", "a//b", "/data/imagenet", "/"])
+def test_names_of_which_a_part_is_missing(name):
+    with pytest.raises(ApartError, match="needs a Hub id, user/name; a folder of yours is --data-dir FOLDER"):
+        check_names(TrainConfig(dataset=name))
+
+
+def test_a_schedule_that_counts_in_its_warmup():
+    assert fill_defaults(parse_arguments(["--sched", "rsqrt", "--warmup-epochs", "2", "--epochs", "5"])).run_epochs == 5
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
         ("hfds/user", "needs a Hub id"),
         ("hfds/a/b/c", "needs a Hub id"),
+        ("hfds//x", "needs a Hub id, hfds/user/name; a folder of yours is --data-dir FOLDER"),
+        ("hfds/a/", "needs a Hub id"),
+        ("hfds/", "needs a Hub id"),
         ("hfids/user/name", "streams are --dataset user/name --streaming"),
         ("torch/cifar10", "--dataset cifar10, or --data-dir FOLDER"),
         ("torch/fashion_mnist", "--dataset fashion-mnist"),
@@ -188,6 +201,18 @@ def test_no_aug_overrides_the_other_augmentation():
         (["--layer-decay", "0.7", "--sched", "none"], "take --sched constant"),
         (["--opt-kwargs", "amsgrad"], "--opt-kwargs 'amsgrad': needs KEY=VALUE"),
         (["--opt-kwargs", "eps=1"], "--opt-kwargs eps= has a flag of its own; use --opt-eps"),
+        (["--opt-kwargs", "opt=sgd"], "--opt-kwargs opt= is decided already; use --opt"),
+        (["--opt-kwargs", "params=1"], "--opt-kwargs params= is decided already; all that is trained"),
+        (["--opt-kwargs", "model_or_params=1"], "--opt-kwargs model_or_params= is decided already"),
+        (["--opt-kwargs", "weight_decay_exclude_1d=True"], "is decided already; --weight-decay is on all parameters"),
+        (["--opt-kwargs", "filter_bias_and_bn=True"], "is decided already; --weight-decay is on all parameters"),
+        (["--model-kwargs", "num_classes=3"], "--model-kwargs num_classes= is decided already; the data say how many"),
+        (["--model-kwargs", "model_name=x"], "--model-kwargs model_name= is decided already; use --model"),
+        (["--model-kwargs", "name=x"], "--model-kwargs name= is decided already; use --model"),
+        (["--model-kwargs", "pretrained=True"], "is decided already; use --pretrained"),
+        (["--model-kwargs", "checkpoint_path=x"], "is decided already; use --initial-checkpoint"),
+        (["--model-kwargs", "weights=x"], "is decided already; use --pretrained-path"),
+        (["--sched", "rsqrt"], "--sched rsqrt falls .* --warmup-epochs is 0; give it"),
         (["--gp", ""], "--gp '': names no pooling"),
         (["--gp", "max", "--model-kwargs", "global_pool=avg"], "--gp and --model-kwargs global_pool= are the same"),
         (["--drop", "0.1", "--model-kwargs", "drop_rate=0.2"], "--drop and --model-kwargs drop_rate= are the same"),

@@ -83,20 +83,65 @@ def test_accelerate():
     assert scope["compute_loss"].strategy.steps == 2
 
 
-def test_ignite():
-    pytest.importorskip("ignite", reason="ignite is in no extra: pip install pytorch-ignite")
-    scope = {}
+@pytest.fixture
+def ignite():
+    return pytest.importorskip("ignite", reason="ignite is in no extra: pip install pytorch-ignite")
+
+
+IGNITE_HYPER = {
+    "apart": {"epsilon": 0.1, "groups": 4},
+    "apart-sam": {"epsilon": 0.1, "groups": 2, "rho": 0.2, "ratio": 0.5},
+}
+
+
+def by_ignite(method):
+    """The document's code, by a method with its hyper-parameters."""
+    scope = {"generator": torch.Generator().manual_seed(5)}
+    before, call = IGNITE.split("trainer.run(")
+    hyper = ", ".join(f"{name}={value}" for name, value in IGNITE_HYPER[method].items())
+    assert before.count('create_loss("apart", ') == before.count("epsilon=0.1, groups=4") == 1
+    code = before.replace('create_loss("apart", ', f'create_loss("{method}", ')
     torch.manual_seed(0)
-    exec(IGNITE, scope)
+    exec(code.replace("epsilon=0.1, groups=4", f"{hyper}, generator=generator"), scope)
+    return scope, f"trainer.run({call}"
+
+
+@pytest.mark.parametrize("method", IGNITE_HYPER)
+def test_ignite(method, ignite):
+    scope, run = by_ignite(method)
+    exec(run, scope)
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    strategy = create_strategy("apart", model, epsilon=0.1, groups=4)
+    generator = torch.Generator().manual_seed(5)
+    strategy = create_strategy(method, model, generator=generator, **IGNITE_HYPER[method])
     for x, y in scope["loader"]:
         strategy.accumulate_gradients(x, y, torch.nn.CrossEntropyLoss())
         optimizer.step()
         optimizer.zero_grad()
     assert_same(scope["model"].state_dict(), model.state_dict(), tolerance=0)
+
+
+def test_ignite_s_checkpoints_keep_the_state(ignite, tmp_path):
+    """Cut off after the first of two epochs, where draws go on."""
+    from ignite.engine import Events
+    from ignite.handlers import Checkpoint, DiskSaver
+
+    whole, _ = by_ignite("apart-sam")
+    parts = {name: whole[name] for name in ("model", "optimizer", "trainer", "compute_loss")}
+    keeper = Checkpoint(parts, DiskSaver(str(tmp_path), require_empty=False), filename_pattern="{name}.pt")
+    whole["trainer"].add_event_handler(Events.EPOCH_COMPLETED(once=1), keeper)
+    whole["trainer"].run(whole["loader"], max_epochs=2)
+    again, _ = by_ignite("apart-sam")
+    torch.manual_seed(9)
+    again["model"].load_state_dict(timm.create_model("test_resnet", num_classes=10).state_dict())
+    again["compute_loss"].strategy.generator.manual_seed(9)
+    (file,) = tmp_path.glob("*.pt")
+    Checkpoint.load_objects({name: again[name] for name in parts}, torch.load(file, weights_only=False))
+    assert again["compute_loss"].strategy.steps == again["trainer"].state.iteration == 2
+    again["trainer"].run(whole["loader"], max_epochs=2)
+    assert again["compute_loss"].strategy.steps == whole["compute_loss"].strategy.steps == 4
+    assert_same(again["model"].state_dict(), whole["model"].state_dict(), tolerance=0)
 
 
 def test_the_line_of_the_diff_runs():

@@ -116,3 +116,11 @@ def test_the_example_of_batchnorm_runs():
     exec(example, scope)
     assert all("forward" not in layer.__dict__ for layer in scope["layers"].values())
     assert all(p.grad.isfinite().all() for p in scope["model"].parameters())
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_commands_are_named_rather_than_files_that_a_wheel_lacks(document):
+    """Whoever has installed the package has `apart-hf`; the measurements in scripts/ are run from a checkout."""
+    doors = "|".join(file.stem for file in (ROOT / "scripts").glob("*.py") if "apart_hf.cli." in file.read_text())
+    assert set(doors.split("|")) == {"train", "validate", "push_to_hub", "reproduce", "analyse"}
+    assert re.findall(rf"scripts/(?:{doors})\.py", document.read_text()) == []

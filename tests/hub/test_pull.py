@@ -85,13 +85,14 @@ def test_nothing_is_written_where_it_cannot_be_pulled(hub, tmp_path, monkeypatch
         ((name, tmp_path / "file"), "file exists already"),
         ((name, tmp_path / "file/sub"), "cannot write .*file/sub: Not a directory"),
         (("user/local",), "user/local is a folder here"),
+        ((name, None, "x"), f"{name} comes with apart_hf and has no revision 'x'; leave the revision out"),
         (("user/damaged",), "is damaged: its sha256 is not"),
         (("user/empty",), "lacks config.json or model.safetensors"),
         (("user/none",), "user/none does not exist"),
         (("demo-test_resnet",), "unknown pretrained model 'demo-test_resnet': did you mean"),
     ]:
         with pytest.raises(ApartError, match=message):
-            pull(*arguments)
+            pull(*arguments[:2], **({"revision": arguments[2]} if arguments[2:] else {}))
         assert sorted(tmp_path.rglob("*")) == before
     hub.fail("README.md", status=500, times=None)
     hub.put("user/cut", {"model.safetensors": weights, "config.json": (source / "config.json").read_bytes()})

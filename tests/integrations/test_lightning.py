@@ -1,17 +1,22 @@
 """Lightning's Trainer with our callback: against the strategy in a plain loop, and against the Trainer as it is."""
 
+import copy
 import importlib
 import logging
 import os
 import sys
 import warnings
+from collections import Counter, OrderedDict
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -128,6 +133,49 @@ def test_accumulation_with_a_rest(method, ratio, accumulated):
     assert_same(module.net.state_dict(), plain.state_dict(), tolerance=1e-14)
 
 
+class Overflowing(Module):
+    """Gives an infinite loss in one call of its training_step; None: in none."""
+
+    def __init__(self, in_call):
+        super().__init__()
+        self.in_call, self.calls = in_call, Calls()
+
+    def training_step(self, batch, batch_idx):
+        self.calls.count += 1
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if self.calls.count == self.in_call else loss
+
+
+@pytest.mark.parametrize("in_call", [None, 1, 2])
+@pytest.mark.parametrize("method", ["apart", "sam", "apart-sam"])
+def test_a_gradient_scaler_on_the_cpu(method, in_call):
+    """In float16: an overflow in either pass skips the step and halves the factor; the next one trains on."""
+    parts, module, plain = batches(8, 8), Overflowing(in_call), build("small", dtype=torch.float32)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=2.0**10), copy.deepcopy(module.net.state_dict())
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            names = ("fc.weight", "conv1.weight")
+            seen.append(all(torch.equal(module.net.state_dict()[name], before[name]) for name in names))
+
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    fit(module, parts, Apart(method, **HYPER[method]), Watch(), plugins=[precision])
+    assert seen == [in_call is not None, False] and scaler.get_scale() == 2.0 ** (10 if in_call is None else 9)
+    if in_call is not None:  # running statistics have seen the batch
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            plain(parts.pop(0)["pixel_values"])
+    strategy = create_strategy(method, plain, autocast=partial(torch.autocast, "cpu", torch.float16), **HYPER[method])
+    optimizer = sgd(plain)
+    for part in parts:
+        strategy.accumulate(part, own_loss(plain), backward=lambda loss: (loss * 2.0**12).backward())
+        for p in plain.parameters():
+            p.grad /= 2.0**12
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(module.net.state_dict(), plain.state_dict(), tolerance=0.02)  # float16 has three digits
+
+
 class Memory(Logger):
     """Keeps what is logged, through Lightning and past it."""
 
@@ -180,6 +228,9 @@ class Logging(Module):
         self.mean, self.outputs, self.by_class = MeanMetric(), [], {"labels": []}
         self.collection = MetricCollection([Accuracy(**task, average="macro"), Precision(**task, average="macro")])
         self.seen, self.total, self.best, self.calls = 0, torch.zeros(()), None, Calls()
+        self.counter, self.confusion, self.nested = Counter(), np.zeros((5, 5), int), [([],)]
+        self.means, self.part, self.last = {"loss": MeanMetric()}, nn.Module(), None
+        self.part.history = []
 
     def training_step(self, batch, batch_idx):
         self.calls.count += 1
@@ -196,12 +247,18 @@ class Logging(Module):
         self.seen += len(logits)
         self.total += loss.detach()
         self.best = loss.item() if self.best is None else min(self.best, loss.item())
+        self.counter.update(batch["labels"].tolist())
+        np.add.at(self.confusion, (batch["labels"].numpy(), logits.argmax(1).numpy()), 1)
+        self.nested[0][0].append(loss.item())
+        self.means["loss"].update(loss.detach())
+        self.part.history.append(loss.item())
+        self.last = OrderedDict(loss=loss.detach())
         return {"loss": loss, "logits": logits}
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         super().on_train_batch_end(outputs, batch, batch_idx)
         assert not outputs["logits"].requires_grad
-        metrics = (self.mean, *self.collection.values())
+        metrics = (self.mean, *self.collection.values(), self.means["loss"])
         self.figures = [(float(metric.compute()), metric._update_count) for metric in metrics]
 
 
@@ -222,7 +279,9 @@ def test_what_is_logged_and_collected_counts_once():
         callback = {key: float(value) for key, value in trainer.callback_metrics.items()}
         runs[method] = attributes, module.figures, direct, memory.direct, callback, memory.lines
         assert trainer.loggers == [memory] and len(module.outputs) == len(direct) == 2
-        assert [updates for _, updates in module.figures] == [2, 2, 2]
+        assert [updates for _, updates in module.figures] == [2, 2, 2, 2]
+        assert module.counter.total() == module.confusion.sum() == module.seen == 16
+        assert module.nested[0][0] == module.part.history == module.outputs and module.last["loss"] == direct[-1]
         assert "log" not in vars(module) and "log_dict" not in vars(module)
     assert runs["standard"] == runs["apart-sam"]
 
@@ -317,6 +376,27 @@ def test_lightning_s_checkpoints_keep_the_state(method, kept, own_generator, tmp
     fit(again, parts, other, path=path, **more)
     assert other.strategy.steps == 12
     assert_same(again.state_dict(), whole.state_dict(), tolerance=0)
+
+
+def test_resuming_with_other_values_is_said_once(tmp_path, caplog):
+    """In one line; what the run itself had set goes on without one, and so does a second fit."""
+    parts, path = batches(8, 8), tmp_path / "kept.ckpt"
+    first = Apart("apart", groups=2, epsilon=0.1)
+    trainer = fit(Module(), parts, first)
+    first.strategy.set(epsilon=0.05)
+    trainer.save_checkpoint(path)
+    for epsilon, count in ((0.1, 0), (0.4, 1)):
+        caplog.clear()
+        other, module = Apart("apart", groups=2, epsilon=epsilon), Module()
+        for epochs in (2, 3):
+            fit(module, parts, other, path=path if epochs == 2 else None, max_epochs=epochs)
+        said = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
+        assert len(said) == count and other.strategy.hyper["epsilon"] == 0.05 and other.strategy.steps > 4
+    assert "goes on with epsilon=0.05, as its saved state has it, and not with epsilon=0.4, as given" in said[0]
+    with pytest.raises(ApartError, match="the state is of the method 'sam', and goes on with 'sam-on'"):
+        trainer = fit(Module(), parts, Apart("sam"))
+        trainer.save_checkpoint(path)
+        fit(Module(), parts, Apart("sam-on"), path=path, max_epochs=2)
 
 
 class Returning(Module):
@@ -470,6 +550,34 @@ def test_batches_that_do_not_tell_their_samples():
     fit(module, [part | {"weights": torch.ones(5)}], Counting("apart", ratio=0.5, groups=2))
     by_strategy(plain, "apart", [part], own_loss(plain), ratio=0.5, groups=2)
     assert_same(module.net.state_dict(), plain.state_dict(), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [1, 0.5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_labels_in_a_list_go_with_their_images(layout, ratio):
+    """So does a batch that is a list of samples, as collate functions of detectors leave it."""
+
+    class Named(Module):
+        def training_step(self, batch, batch_idx):
+            named = isinstance(batch, dict)
+            images = batch["pixel_values"] if named else torch.stack([image for image, _ in batch])
+            labels = torch.tensor([int(name) for name in batch["names"]] if named else [y for _, y in batch])
+            loss = cross_entropy(self.net(images.contiguous(memory_format=layout)), labels)
+            self.log("loss", loss, batch_size=8)
+            return loss
+
+    parts = batches(8, 8)
+    shaped = [part | {"pixel_values": part["pixel_values"].contiguous(memory_format=layout)} for part in parts]
+    plain = build("small", dtype=torch.float32).to(memory_format=layout)
+    losses = by_strategy(plain, "apart", shaped, own_loss(plain), groups=4, ratio=ratio)
+    names = [{"pixel_values": p["pixel_values"], "names": [str(y) for y in p["labels"].tolist()]} for p in shaped]
+    lists = [list(zip(part["pixel_values"], part["labels"].tolist())) for part in parts]
+    for made in (names, lists):
+        module = Named()
+        module.net = module.net.to(memory_format=layout)
+        fit(module, made, Apart("apart", groups=4, ratio=ratio))
+        assert module.said == pytest.approx(losses, rel=1e-6)
+        assert_same(module.net.state_dict(), plain.state_dict(), tolerance=1e-5)
 
 
 def test_without_lightning(monkeypatch):

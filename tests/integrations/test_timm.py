@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,16 +94,29 @@ def test_standard_is_the_task_unpatched(more):
     assert_same(*found, tolerance=0)
 
 
-@pytest.mark.parametrize("method", HYPER)
-def test_accumulation_with_a_rest(method):
+@pytest.mark.parametrize("method, ratio", CASES)
+def test_accumulation_with_a_rest(method, ratio):
     """Five batches, two or three a step, in float64, scaled: within 1e-14 of the strategy in a plain loop."""
     parts = [batch(16, 8, seed=k) for k in range(5)]
     for accumulated in (2, 3):
         model, plain = build("small"), build("small")
-        task = apart(task_of(model), method, **options_of(method, 1))
+        task = apart(task_of(model), method, **options_of(method, ratio))
         train(task, parts, accumulated=accumulated, scaler=NativeScaler("cpu"))
-        by_strategy(plain, method, parts, own_loss(plain), accumulated=accumulated, **options_of(method, 1))
-        assert_same(model.state_dict(), plain.state_dict(), tolerance=2e-14)
+        by_strategy(plain, method, parts, own_loss(plain), accumulated=accumulated, **options_of(method, ratio))
+        assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-14)
+
+
+@pytest.mark.parametrize("ratio", [1, 0.5])
+@pytest.mark.parametrize("last", [1, 7, 3])
+def test_last_batches_of_any_size(last, ratio, caplog):
+    """Bit-equal: one image, a prime number, fewer than groups; with part of the batch as well."""
+    parts = [batch(size, 16, seed=k, dtype=torch.float32) for k, size in enumerate((8, 8, last))]
+    model, plain = (build("small", dtype=torch.float32) for _ in range(2))
+    draws = [{"generator": torch.Generator().manual_seed(3), "groups": 4, "ratio": ratio} for _ in range(2)]
+    losses = train(apart(task_of(model), "apart", **draws[0]), parts)
+    assert caplog.text.count("Further batches that do not fit") == 1
+    assert losses == by_strategy(plain, "apart", parts, own_loss(plain), uneven="fit", **draws[1])
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
 
 
 def test_mixed_targets_and_batches_of_any_size():
@@ -120,18 +134,27 @@ def test_mixed_targets_and_batches_of_any_size():
         apart(task_of(build("small")), "apart", groups=4, uneven="error")(*batch(7, 8))
 
 
-def test_an_overflow_skips_the_step():
-    model, bad = build("small", dtype=torch.float32), []
+@pytest.mark.parametrize("in_call", [1, 2])
+@pytest.mark.parametrize("method", ["apart", "sam", "apart-sam"])
+def test_an_overflow_skips_the_step(method, in_call):
+    """In either pass: weights stay, the scaler's factor is halved, and the next step is that of a plain loop."""
+    model, plain, calls = build("small", dtype=torch.float32), build("small", dtype=torch.float32), []
 
     def criterion(output, targets):
-        bad.append(1)
-        return cross_entropy(output, targets) * (torch.inf if len(bad) == 2 else 1.0)
+        calls.append(1)
+        return cross_entropy(output, targets) * (torch.inf if len(calls) == in_call else 1.0)
 
-    task, scaler = apart(task_of(model, criterion), "sam"), NativeScaler("cpu")
-    before = copy.deepcopy(dict(model.named_parameters()))
-    train(task, [batch(8, 8, dtype=torch.float32)], scaler=scaler)
+    parts = [batch(8, 8, seed=k, dtype=torch.float32) for k in range(2)]
+    task, scaler = apart(task_of(model, criterion), method, **HYPER[method]), NativeScaler("cpu")
+    before, factor = copy.deepcopy(dict(model.named_parameters())), scaler.state_dict()["scale"]
+    train(task, parts[:1], scaler=scaler)
     assert_same(dict(model.named_parameters()), before, tolerance=0)
-    train(task, [batch(8, 8, dtype=torch.float32)], scaler=scaler)
+    assert scaler.state_dict()["scale"] == factor / 2
+    train(task, parts[1:], scaler=scaler)
+    with torch.no_grad():
+        plain(parts[0][0])  # running statistics have seen the batch
+    by_strategy(plain, method, parts[1:], own_loss(plain), **HYPER[method])
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-6)
     assert not torch.equal(model.fc.weight, before["fc.weight"])
 
 
@@ -257,8 +280,48 @@ def test_misuse():
         apart(task_of(model), "aprat")
     with pytest.raises(ApartError, match="has no BatchNorm layer"):
         apart(task_of(timm.create_model("test_vit")), "apart")
-    with pytest.raises(ApartError, match="no hyper-parameter 'groupz'"):
-        apart(task_of(model), "apart", groupz=4)
+    for option, message in (
+        ({"groupz": 4}, "no hyper-parameter 'groupz'"),
+        ({"model": model}, "model= is not taken here: the task has it"),
+        ({"criterion": cross_entropy}, "criterion= is not taken here: the task has it"),
+        ({"autocast": torch.no_grad}, "autocast= is not taken here: both passes take the autocast that the script"),
+        ({"accelerator": 1}, "accelerator= is not taken here: timm's script has its own scaler"),
+        ({"generator": 1}, "generator=1 is of type int"),
+    ):
+        task = task_of(model)
+        with pytest.raises(ApartError, match=message):
+            apart(task, "apart", **option)
+        assert "forward" not in vars(task)
+    for criterion in (torch.nn.CrossEntropyLoss(reduction="sum"), partial(cross_entropy, reduction="sum")):
+        with pytest.raises(ApartError, match="reduction='sum', and the two passes weight means"):
+            apart(task_of(model, criterion), "sam")
+        apart(task_of(model, criterion), "standard")
+
+
+def test_resuming_with_other_values_is_said_once(tmp_path, caplog):
+    """Also where the module is wrapped after the script has resumed."""
+
+    def task_with(**hyper):
+        model = build("small", dtype=torch.float32)
+        return model, apart(task_of(model), "apart", groups=2, **hyper)
+
+    model, task = task_with(epsilon=0.1)
+    train(task, [batch(8, 16, dtype=torch.float32)])
+    task.forward.loss.set(epsilon=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    saver = CheckpointSaver(model, optimizer, task=task, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    for hyper, said in (({"epsilon": 0.1}, 0), ({"epsilon": 0.4}, 1)):
+        caplog.clear()
+        _, other = task_with(**hyper)
+        resume_task_checkpoint(other, str(tmp_path / "last.pth.tar"), log_info=False)
+        other.compile(backend="eager")
+        other(*batch(8, 16, dtype=torch.float32))
+        found = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
+        assert len(found) == said and other.forward.loss.strategy.hyper["epsilon"] == 0.05
+        assert other.forward.loss.strategy.steps == 2
+    assert "apart goes on with epsilon=0.05, as its saved state has it, and not with epsilon=0.4, as given" in found[0]
+    torch._dynamo.reset()
 
 
 def run_script(text, folder, name, images):

@@ -353,6 +353,26 @@ def test_checkpoints_of_the_trainer_as_it_is(arguments, tmp_path):
         other.train(resume_from_checkpoint=checkpoint.format(3))
 
 
+def test_resuming_with_other_values_is_said_once(arguments, tmp_path, caplog):
+    """In one line; what the run itself had set goes on without one."""
+
+    class Scheduled(ApartTrainer):
+        def training_step(self, *args, **kwargs):
+            self.strategy.set(epsilon=0.05)
+            return super().training_step(*args, **kwargs)
+
+    parts, saves = batches(8, 8, 8), {"save_strategy": "steps", "save_steps": 1}
+    checkpoint = str(tmp_path / "output" / "checkpoint-2")
+    trained(Scheduled, Keywords(), arguments("apart", apart_epsilon=0.1, max_steps=2, **saves), parts)
+    for epsilon, count in ((0.1, 0), (0.4, 1)):
+        caplog.clear()
+        trainer = made(ApartTrainer, Keywords(), arguments("apart", apart_epsilon=epsilon, max_steps=3), parts)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        said = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
+        assert len(said) == count and trainer.strategy.hyper["epsilon"] == 0.05 and trainer.strategy.steps == 3
+    assert "goes on with epsilon=0.05, as its saved state has it, and not with epsilon=0.4, as given" in said[0]
+
+
 FAMILIES = {  # as small as they get
     "TimmWrapper": {"architecture": "test_resnet"},
     "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
@@ -445,6 +465,10 @@ def test_arguments_are_flags(capsys):
     said = capsys.readouterr().out
     assert "Radius of the perturbation of BatchNorm's statistics" in said and "--apart_uneven {error,plain,fit}" in said
     assert all(method in said for method in HYPER)
+    with pytest.raises(SystemExit):  # argparse's own line rather than a traceback
+        parser.parse_args_into_dataclasses(["--output_dir", "output", "--apart_method", "aprat"])
+    said = capsys.readouterr().err
+    assert "argument --apart_method/--apart-method: invalid choice: 'aprat'" in said and "'apart-sam'" in said
     again = parser.parse_dict(args.to_dict() | {"output_dir": "output"})[0]
     assert again.apart_rho == 0.3
 
@@ -469,6 +493,10 @@ def test_bad_input(arguments):
     model.net.bn2 = type("FrozenBatchNorm", (nn.BatchNorm2d,), {"forward": lambda self, x: x})(8)
     with pytest.raises(ApartError, match=r"BatchNorm layer 'net\.bn2' is a FrozenBatchNorm"):
         ApartTrainer(model, arguments("apart"))
+    for wrong in (torch.optim.SGD(Keywords().parameters(), lr=0.1), "resnet18"):
+        for how in ({"model": wrong, "args": arguments("apart")}, None):
+            with pytest.raises(ApartError, match=r"a strategy is made for a model .* pass the model"):
+                ApartTrainer(**how) if how else ApartTrainer(wrong, arguments("apart"))
     with pytest.raises(ApartError, match="names ApartMixin after a trainer"):
         type("Late", (Trainer, ApartMixin), {})
 
@@ -498,6 +526,27 @@ def test_bad_input(arguments):
     trained(WithWeights, model, arguments("apart", 0.5), parts)
     by_strategy(plain, "apart", parts, own_loss(plain), groups=2, ratio=0.5)
     assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
+
+
+@pytest.mark.parametrize("ratio", [1, 0.5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_labels_in_a_list_go_with_their_images(layout, ratio, arguments):
+    class Named(Keywords):
+        def forward(self, pixel_values, names=None):
+            return super().forward(pixel_values, torch.tensor([int(name) for name in names]))
+
+    def collated(items):
+        images = torch.stack([item["pixel_values"] for item in items]).contiguous(memory_format=layout)
+        return {"pixel_values": images, "names": [str(int(item["labels"])) for item in items]}
+
+    parts = batches(8, 8)
+    shaped = [part | {"pixel_values": part["pixel_values"].contiguous(memory_format=layout)} for part in parts]
+    plain = Keywords().to(memory_format=layout)
+    by_strategy(plain, "apart", shaped, own_loss(plain), groups=4, ratio=ratio)
+    model = Named().to(memory_format=layout)
+    args = arguments("apart", ratio, apart_groups=4, remove_unused_columns=False)
+    trained(OurTrainer, model, args, parts, data_collator=collated)
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=1e-5)
 
 
 def test_without_transformers(monkeypatch):

@@ -109,7 +109,8 @@ def test_a_table_that_was_stopped_goes_on(name, tmp_path):
         (("table1", "--shard", "half"), "--shard 'half'"),
         (("table1", "--seeds", "0"), "--seeds 0: at least 1"),
         (("table1", "--scale", "small", "--data-dir", "nowhere", "--seeds", "1"), "--data-dir nowhere does not exist"),
-        (("table1", "--seeds", "1", "--", "--nonsense"), "unrecognized arguments: --nonsense"),
+        (("table1", "--seeds", "1", "--", "--nonsense"), "reproduce.py: error: unrecognized arguments: --nonsense"),
+        (("table1", "--dry-run", "--", "--jsd-loss"), "reproduce.py: error: --jsd-loss of timm is not taken"),
         (("table1", "--", "--seed", "3"), "--seed after --: the table, its rows and --seeds decide that; leave it out"),
         (("table1", "--", "--val-fraction", "0.1"), "--val-fraction after --"),
         (("table3", "--rows", "apart-n1", "--", "--groups", "16"), "--groups after --"),
@@ -123,9 +124,9 @@ def test_a_table_that_was_stopped_goes_on(name, tmp_path):
 def test_bad_input(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        main(list(flags))
+        main(list(flags), prog="reproduce.py")
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("reproduce.py: ")
     assert not any(tmp_path.iterdir())
 
 

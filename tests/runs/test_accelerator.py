@@ -125,7 +125,9 @@ def test_the_line_of_the_command(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, used, processes", [("cpu", "cpu", 1), ("cuda", "cuda:0", 1), ("cuda:1", "cuda:0", 2)])
+@pytest.mark.parametrize(
+    "name, used, processes", [("cpu", "cpu", 1), ("cpu:0", "cpu", 1), ("cuda", "cuda:0", 1), ("cuda:1", "cuda:0", 2)]
+)
 def test_the_device_that_is_asked_for(name, used, processes):
     _check_device(name, SimpleNamespace(device=torch.device(used), num_processes=processes))
     _check_device(None, SimpleNamespace(device=torch.device(used), num_processes=processes))
@@ -137,6 +139,7 @@ def test_the_device_that_is_asked_for(name, used, processes):
         ("cpu", "cuda:0", "--device cpu: accelerate computes on cuda:0 here; set ACCELERATE_USE_CPU=true, or leave"),
         ("cuda", "cpu", "--device cuda: accelerate computes on cpu here; see nvidia-smi and CUDA_VISIBLE_DEVICES"),
         ("cuda:1", "cuda:0", "--device cuda:1: accelerate computes on cuda:0 here"),
+        ("cpu:7", "cpu", "--device cpu:7: the CPU is one device, without a number; use --device cpu"),
         ("gpu", "cpu", "--device gpu: torch knows no such device; cuda and cpu are two"),
         ("", "cpu", "--device : torch knows no such device"),
     ],

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -225,3 +226,83 @@ def test_a_part_of_the_model_in_ddp(one_process):
     with pytest.raises(ApartError, match=r"DistributedDataParallel wraps '0', a part of the model") as error:
         create_loss("apart", model, loss_fn)
     said(error)
+
+
+@pytest.mark.parametrize(
+    "option, cure",
+    [
+        ({"accelerator": Accelerator}, "ends_step=accelerator.sync_gradients"),
+        ({"autocast": torch.no_grad}, "the autocast that is around the call"),
+        ({"samples": 8}, r"compute_loss\(batch, samples=N\)"),
+        ({"backward": None}, r"call loss\.backward\(\)"),
+        ({"groupz": 2}, "no hyper-parameter 'groupz'; it has epsilon"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_a_loss_has_no_use_for(option, cure, model):
+    """An accelerator was taken, and its accumulation not heeded."""
+    with pytest.raises(ApartError, match=cure) as error:
+        create_loss("apart", model, loss_fn, **option)
+    said(error)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"generator": 3}, "generator=3 is of type int; pass a torch.Generator"),
+        ({"generator": np.random.default_rng(0)}, "is of type Generator; pass a torch.Generator"),
+        ({"accelerator": 3}, "accelerator=3 is of type int, which has no backward"),
+        ({"autocast": torch.autocast("cpu", torch.bfloat16)}, "of type autocast; pass a function"),
+    ],
+    ids=["generator", "numpy", "accelerator", "autocast"],
+)
+def test_helpers_of_another_kind(wrong, message, model):
+    makes = [create_strategy] + [functools.partial(create_loss, loss_fn=loss_fn)] * ("generator" in wrong)
+    for make in makes:
+        with pytest.raises(ApartError, match=message) as error:
+            make("apart", model, **wrong)
+        said(error)
+
+
+def summed(model, part, reduction="mean"):
+    return cross_entropy(model(part[0]), part[1], reduction=reduction)
+
+
+@pytest.mark.parametrize("method", ["apart", "sam"])
+def test_loss_functions_that_say_that_they_sum(method, model, data):
+    loss_of = functools.partial(summed, reduction="sum")
+    with pytest.raises(ApartError, match="reduction='sum'") as error:
+        create_loss(method, model, loss_of, **SMALL[method])
+    said(error)
+    strategy = create_strategy(method, model, **SMALL[method])
+    with pytest.raises(ApartError, match="reduction='sum'"):
+        strategy.accumulate(data, functools.partial(lambda part, reduction: loss_of(model, part), reduction="sum"))
+    create_loss("standard", model, loss_of)(data).backward()  # one pass has nothing to weight
+    create_loss(method, model, functools.partial(summed, reduction="mean"), **SMALL[method])(data).backward()
+
+
+def test_a_complex_loss(model, data):
+    compute_loss = create_loss("sam", model, lambda model, part: loss_fn(model, part).to(torch.complex64))
+    with pytest.raises(ApartError, match=r"the loss is complex \(torch\.complex64\)") as error:
+        compute_loss(data)
+    said(error)
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_a_model_that_is_wrapped_after_some_steps(method, data, one_process):
+    """The first steps are made before; other models that are wrapped in between are nothing to it."""
+    model = build("small", dtype=torch.float32)
+    strategy = create_strategy(method, model, **SMALL[method])
+    compute_loss = create_loss(method, model, loss_fn, **SMALL[method])
+    for _ in range(2):
+        strategy.accumulate_gradients(*data, cross_entropy)
+        compute_loss(data).backward()
+        other = DistributedDataParallel(build("small", dtype=torch.float32))
+    wrapped = DistributedDataParallel(model)
+    for call in (lambda: strategy.accumulate_gradients(*data, cross_entropy), lambda: compute_loss(data)):
+        for _ in range(2):
+            with pytest.raises(ApartError, match="made before it was wrapped") as error:
+                call()
+            said(error)
+    create_loss(method, wrapped, loss_fn, **SMALL[method])(data).backward()
+    del other

@@ -4,12 +4,16 @@ import copy
 import json
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from apart_hf import METHODS, ApartError, Method, Perturbation, create_loss, create_strategy
+from apart_hf.strategies.bn_perturbations import AdversarialStatistics
+from apart_hf.strategies.weight_perturbations import AdaptiveWeights
 from tests.support.helpers import assert_same, batch, build, gradients
 from tests.support.oracle import HYPER
 
@@ -123,6 +127,18 @@ BAD = [
     ({"every": 0}, "every=0: .* an integer >= 1"),
     ({"every": 1.5}, "every=1.5"),
     ({"every": True}, "every=True"),
+    ({"epsilon": True}, "epsilon=True"),
+    ({"epsilon": np.True_}, "epsilon=True"),
+    ({"epsilon": torch.tensor([0.1, 0.2])}, "epsilon=tensor"),
+    ({"epsilon": np.float64("nan")}, "epsilon=nan"),
+    ({"epsilon": 0.1j}, "epsilon=0.1j"),
+    ({"groups": np.float64(2.5)}, "groups=2.5"),
+    ({"groups": torch.tensor(True)}, "groups=True"),
+    ({"ratio": True}, "ratio=True: N/M"),
+    ({"ratio": "0.5"}, "ratio='0.5': N/M"),
+    ({"local_attack": "no"}, "local_attack='no': the option is True or False"),
+    ({"local_attack": 1}, "local_attack=1: the option"),
+    ({"global_norm": "x"}, "global_norm='x': the option"),
     ({"uneven": "no"}, "uneven='no'"),
     ({"eta": 0.1}, "'apart-sam' has no hyper-parameter 'eta' to set; it has epsilon, groups"),
     ({"Epsilon": 0.1}, "no hyper-parameter 'Epsilon'"),
@@ -139,7 +155,7 @@ def test_a_bad_value_changes_nothing(bad, message):
     after = repr(strategy), strategy.state_dict(), [vars(p) for p in strategy.perturbations]
     assert before[:2] == after[:2]
     assert [(p["epsilon"] if "epsilon" in p else p["rho"]) for p in after[2]] == [0.1, 0.2]
-    if "every" in bad or "uneven" in bad:
+    if not {"eta", "Epsilon"} & bad.keys():
         with pytest.raises(ApartError, match=message):
             create_strategy("apart-sam", build("small"), **bad)
         with pytest.raises(ApartError, match=message):
@@ -245,4 +261,65 @@ def test_the_state_is_read_without_code(tmp_path):
     torch.save(strategy.state_dict(), tmp_path / "state.pt")
     found = torch.load(tmp_path / "state.pt", weights_only=True)
     assert found.pop("generator").dtype == torch.uint8
-    assert found == {"steps": 0, "every": 4, "hyper": dict(strategy.hyper)}
+    hyper = dict(strategy.hyper)
+    assert found == {
+        "name": "apart-sam",
+        "steps": 0,
+        "every": 4,
+        "uneven": "error",
+        "hyper": hyper,
+        "made_with": hyper | {"every": 4, "uneven": "error"},
+    }
+
+
+NUMBERS = [
+    (np.float64(0.25), 0.25),
+    (np.float32(0.25), 0.25),
+    (np.linspace(0, 1, 5)[1], 0.25),
+    (np.array(0.25), 0.25),
+    (torch.tensor(0.25), 0.25),
+    (torch.linspace(0, 1, 5)[1], 0.25),
+    (Fraction(1, 4), 0.25),
+    (np.int64(1), 1),
+    (torch.tensor(1), 1),
+]
+
+
+@pytest.mark.parametrize("way", ["strategy", "loss"])
+@pytest.mark.parametrize("value, plain", NUMBERS, ids=lambda value: type(value).__name__)
+def test_numbers_of_numpy_and_torch(value, plain, way, tmp_path):
+    """They are what schedules compute; a state that has them was not read without code."""
+    draws = [{"generator": torch.Generator().manual_seed(1)} for _ in range(2)]
+    given = {"epsilon": value, "rho": value, "ratio": value, "groups": np.int64(2), "every": np.int32(1)}
+    one = Counted(way, "apart-sam", **given, **draws[0])
+    other = Counted(way, "apart-sam", epsilon=plain, rho=plain, ratio=plain, groups=2, **draws[1])
+    one.step(), other.step()
+    assert_same(gradients(one.model), gradients(other.model), tolerance=0)
+    for counted in (one, other):
+        counted.taken.set(epsilon=value / 2, groups=torch.tensor(1), every=np.int64(2))
+        torch.save(counted.taken.state_dict(), tmp_path / "state.pt")
+        found = torch.load(tmp_path / "state.pt", weights_only=True)
+        values = [*found["hyper"].values(), *found["made_with"].values(), found["every"]]
+        assert {type(number) for number in values} <= {int, float, bool, str}
+        assert found["hyper"]["epsilon"] == plain / 2 and (found["hyper"]["groups"], found["every"]) == (1, 2)
+        assert json.loads(json.dumps(found["hyper"])) == found["hyper"]
+
+
+def test_perturbations_alone_take_them_too():
+    model = build("small")
+    statistics = AdversarialStatistics(model, epsilon=np.float32(0.25), groups=np.int64(2), local_attack=np.True_)
+    weights = AdaptiveWeights(model, rho=torch.tensor(0.25), eta=np.float64(0.5), global_norm=False)
+    for value, kind in (
+        (statistics.epsilon, float),
+        (statistics.groups, int),
+        (statistics.local_attack, bool),
+        (weights.rho, float),
+        (weights.eta, float),
+    ):
+        assert type(value) is kind
+
+
+def test_samples_of_numpy():
+    x, y = batch(8, 8)
+    compute_loss = create_loss("apart", build("small"), loss_fn, groups=2, ratio=0.5)
+    assert compute_loss((x, y), samples=np.int64(8)) == compute_loss((x, y), samples=8)
