@@ -199,7 +199,25 @@ class StrategyState:
         say_overridden(self.name, given, self._made_with, self._in_use())
 
     def take_over(self, other: StrategyState) -> None:
-        """Go on from where another strategy of the same method is, which was made with the same; see `set`."""
+        """Go on from where another strategy is, which was made with the same values, for another form of its model.
+
+        Args:
+            other: of the same method.
+
+        Raises:
+            ApartError: as `load_state_dict` does.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet")
+            >>> one = create_strategy("sam", model)
+            >>> one.set(rho=0.3)
+            >>> other = create_strategy("sam", torch.compile(model))
+            >>> other.take_over(one)
+            >>> other
+            sam(rho=0.3)
+        """
         self._load(other.state_dict())
 
     def _load(self, state: dict[str, Any]) -> None:

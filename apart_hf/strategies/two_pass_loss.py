@@ -230,6 +230,24 @@ class TwoPassLoss(Generic[Batch, Result]):
         self._backward.load_state_dict(state)
 
     def go_on_from(self, other: TwoPassLoss[Any, Any]) -> None:
-        """Go on where another loss of the same method and options is, whose model is now wrapped in another way."""
+        """Go on from where another loss of the same method and values is, whose model is now wrapped in another way.
+
+        Args:
+            other: whose place this one takes.
+
+        Raises:
+            ApartError: as `load_state_dict` does.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_loss
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> one = create_loss("sam", model, lambda model, batch: model(batch).mean())
+            >>> one.set(rho=0.3)
+            >>> other = create_loss("sam", torch.compile(model), lambda model, batch: model(batch).mean())
+            >>> other.go_on_from(one)
+            >>> other.strategy
+            sam(rho=0.3)
+        """
         self.strategy.take_over(other.strategy)
         self._backward.load_state_dict(other.state_dict())

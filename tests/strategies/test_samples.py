@@ -199,13 +199,9 @@ def test_several_rows_a_sample_in_either_layout(layout):
             return cross_entropy(model(images.contiguous(memory_format=layout)).view(-1, 2, 5).mean(1), targets)
 
         views = x.view(4, 2, *x.shape[1:]) if paired else x.contiguous(memory_format=layout)
-        create_strategy("sam", model).accumulate((views, y[:4]), loss_fn)
-        model.zero_grad()
         create_strategy("apart", model, groups=2).accumulate((views, y[:4]), loss_fn, samples=4)
         found.append(gradients(model))
-    if layout is torch.contiguous_format:
-        assert_same(*found, tolerance=1e-12)
-    assert all(g.isfinite().all() for g in found[0].values())
+    assert_same(*found, tolerance=1e-12)
 
 
 class Stacks(nn.Module):
