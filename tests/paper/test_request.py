@@ -22,7 +22,8 @@ def test_a_table_by_a_call(tmp_path):
     assert text.startswith("Study, scale small: top-1 accuracy") and text.endswith(
         (kept / f"{table_name(request)}.md").read_text()
     )
-    assert {job.row for job in jobs_left(request)} == {"random-bn-n1", "apart-sam-n1", "apart-last-half"}  # of a later scale
+    of_a_later_scale = {"random-bn-n1", "apart-sam-n1", "apart-last-half"}
+    assert {job.row for job in jobs_left(request)} == of_a_later_scale
 
 
 @pytest.mark.parametrize(
