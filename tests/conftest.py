@@ -36,6 +36,7 @@ from apart_hf.utils.command_line import logging_to_output
 from tests.support.fork_server import end_all, no_wait_for_the_disk
 from tests.support.helpers import batch, build, forget_accelerator, write_demo
 from tests.support.hub_server import HubServer
+from tests.support.loader_processes import end_loader_processes, note_loader_processes
 from tests.support.markers import python_is_started_by_marked_tests
 from tests.support.settings import settings
 
@@ -51,6 +52,15 @@ else:
     hypothesis.settings.load_profile("shared machine")
 
 
+note_loader_processes()
+
+
+@pytest.fixture(autouse=True)
+def loader_processes_end():
+    yield
+    end_loader_processes()
+
+
 def pytest_addoption(parser):
     parser.addoption("--report", help="file for the table that slow tests make")
 
@@ -64,6 +74,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "hub" in item.fixturenames:
             item.add_marker("hub")
+    # files that start processes take longest: they go first, so that no worker is alone with one at the end
+    first = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 def pytest_collection_finish():

@@ -10,17 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import datasets
 import PIL
-import xxhash
-from datasets.utils.file_utils import is_local_path
 from PIL import ImageFile, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from apart_hf.data import decoding, grey_levels
+from apart_hf.data.packed import PackedTable
 from apart_hf.data.splits import Split
 from apart_hf.errors import first_line
 
@@ -33,7 +32,9 @@ _CODECS = ("jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 
 def cache_folder() -> Path:
     """Return the folder of decoded images, in the cache of the library `datasets`."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "apart_hf-decoded"
+    from datasets import config  # packed data do without this package
+
+    return Path(config.HF_DATASETS_CACHE) / "apart_hf-decoded"
 
 
 class DecodedCache:
@@ -51,8 +52,10 @@ class DecodedCache:
         self._has_said = False
 
     def key(self, split: Split, edge: int, channels: int) -> str | None:
-        """Hash what decides the decoded bytes; None: images are not local, so that their content is not known."""
-        found = xxhash.xxh3_128(_decoder())
+        """Hash what decides the decoded bytes; None: images are not encoded, or are not local."""
+        if isinstance(split.data, PackedTable):
+            return None
+        found = _hash(_decoder())
         found.update(f"{edge} {channels} {len(split)}".encode())
         for cells in _encoded(split):
             for cell in cells:
@@ -106,6 +109,12 @@ class DecodedCache:
         self._has_said = True
 
 
+def _hash(content: bytes = b"") -> Any:
+    import xxhash  # it comes with the package datasets
+
+    return xxhash.xxh3_128(content)
+
+
 def _decoder() -> bytes:
     """Describe what decodes: our own code, Pillow, and the libraries and switches that it reads images by."""
     sources = [Path(module.__file__ or "").read_bytes() for module in (decoding, grey_levels)]
@@ -135,6 +144,8 @@ def _identity(cell: dict | None) -> bytes | None:
     path = cell.get("path")
     if path is None:
         return b"none"
+    from datasets.utils.file_utils import is_local_path
+
     if not is_local_path(path):
         return None
     try:
@@ -145,7 +156,7 @@ def _identity(cell: dict | None) -> bytes | None:
 
 
 def _checksum(*tensors: Tensor) -> str:
-    found = xxhash.xxh3_128()
+    found = _hash()
     for tensor in tensors:
         found.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         found.update(tensor.contiguous().numpy().data)

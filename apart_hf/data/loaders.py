@@ -19,6 +19,7 @@ from apart_hf.data.dataset_stream import StreamedImages
 from apart_hf.data.decoded_cache import DecodedCache, cache_folder
 from apart_hf.data.decoding import IGNORED
 from apart_hf.data.loading import ImageData
+from apart_hf.data.packed import PackedTable
 from apart_hf.data.repeated import RepeatedImages
 from apart_hf.data.settings import CHANNELS, LoaderSettings
 from apart_hf.data.splits import Split
@@ -45,7 +46,9 @@ class Loaders:
 
     def __init__(self, data: ImageData, settings: LoaderSettings, accelerator: Accelerator):
         self.data, self.settings, self.accelerator = data, settings, accelerator
-        self._cache = DecodedCache(cache_folder()) if settings.decoded_cache else None
+        keeps = settings.decoded_cache and not isinstance(data.train.data, PackedTable)
+        self._cache = DecodedCache(cache_folder()) if keeps else None
+        self._made: list[DataLoaderShard] = []
         channels = settings.images["input_size"][0]
         if channels not in CHANNELS:
             raise ApartError(f"the network takes images of {channels} channels, and they are read with 1 or 3 only.")
@@ -59,6 +62,25 @@ class Loaders:
 
     def train(self) -> DataLoaderShard:
         """Make shuffled, augmented batches of (images, class indices)."""
+        self._made.append(self._train())
+        return self._made[-1]
+
+    def evaluation(self, split: Split) -> DataLoaderShard:
+        """Make plain batches of this process's share of a split, in its order."""
+        self._made.append(self._evaluation(split))
+        return self._made[-1]
+
+    def close(self) -> None:
+        """End the loader processes of all that was made.
+
+        They would end by themselves where the garbage is collected, but only after five seconds each: what wakes them
+        is collected before.
+        """
+        for loader in self._made:
+            loader.base_dataloader._iterator = None  # torch has no public way
+        self._made.clear()
+
+    def _train(self) -> DataLoaderShard:
         if self.data.train.streamed:
             return self._stream(self.data.train, training=True)
         dataset = self._dataset(self.data.train, training=True)
@@ -71,8 +93,7 @@ class Loaders:
             return DataLoaderShard(dataset, device, batch_size=size, sampler=sampler, **arguments)
         return self.accelerator.prepare(DataLoader(dataset, size, shuffle=True, **arguments))
 
-    def evaluation(self, split: Split) -> DataLoaderShard:
-        """Make plain batches of this process's share of a split, in its order."""
+    def _evaluation(self, split: Split) -> DataLoaderShard:
         if split.streamed:
             return self._stream(split, training=False)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes

@@ -168,7 +168,7 @@ def _splits(path: Path) -> list[str]:
     try:
         has_classes = (path / CLASSES).is_file()
         found = {one.name: {file.name for file in one.iterdir()} for one in path.iterdir() if one.is_dir()}
-    except OSError:
+    except (OSError, ValueError):  # the second of a name with a null byte
         return []
     return [
         name

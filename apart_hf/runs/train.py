@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from apart_hf.config.checks import check_names
@@ -45,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     try:
         with stop.listening():
             run = prepare(config, stop)
-            with run.trackers:
+            with closing(run.loaders), run.trackers:
                 run.fit()
                 return run.finish()
     except Exception as error:

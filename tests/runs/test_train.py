@@ -1,6 +1,7 @@
 """A whole run in this process: what it leaves, that it repeats, what it says of its export."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,12 @@ def test_our_own_architecture_says_what_it_needs(tmp_path, small_data, capsys, s
     assert f"import apart_hf and timm.create_model('local-dir:{folder}/last'" in capsys.readouterr().out
     model = timm.create_model(f"local-dir:{folder}/last", pretrained=True)
     assert model.num_classes == 10 and model.pretrained_cfg["label_names"][9] == "Ankle boot"
+
+
+def test_loader_processes_end_with_the_run(tmp_path, small_data):
+    common = {"model": "test_resnet", "data_dir": small_data, "batch_size": 16, "groups": 2, "epochs": 1}
+    train(TrainConfig(**common, loader="workers", workers=2, output=str(tmp_path)))
+    assert multiprocessing.active_children() == []
 
 
 def test_workers_and_bfloat16_and_a_tracker(tmp_path, small_data):
