@@ -52,6 +52,9 @@ else:
     hypothesis.settings.load_profile("shared machine")
 
 
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name.upper().startswith(("HF_", "OMP_", "NO_PROXY"))
+}
 note_loader_processes()
 
 
@@ -74,9 +77,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "hub" in item.fixturenames:
             item.add_marker("hub")
-    # files that start processes take longest: they go first, so that no worker is alone with one at the end
-    first = {item.path for item in items if item.get_closest_marker("process")}
-    items.sort(key=lambda item: item.path not in first)
 
 
 def pytest_collection_finish():
@@ -87,6 +87,7 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
+    os.environ |= ENVIRONMENT  # whatever an earlier test has left: nothing that is started reaches out
     with python_is_started_by_marked_tests(item):
         return (yield)
 
