@@ -10,55 +10,45 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apart_hf.batchnorm.affine import Affine
-from apart_hf.batchnorm.layouts import Grouping, Layout
-from apart_hf.batchnorm.normalised import Gradients, MeanAndVariance, Normalised, Statistics
+from apart_hf.batchnorm.layouts import Layout
+from apart_hf.batchnorm.normalised import Gradients, MeanAndVariance, Normalisation, Normalised, Statistics
 
 
-def forward(
-    x: Tensor,
-    affine: Affine,
-    buffers: MeanAndVariance | None,
-    momentum: float,
-    eps: float,
-    grouping: Grouping,
-    shifted: bool,
-    sync: dist.ProcessGroup | None = None,
-) -> Normalised:
+def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
     """Compute as `kernels.forward` does."""
-    layout = Layout(x, grouping)
+    layout = Layout(x, how.grouping)
     v = layout.view(x)
-    weight, bias, shift = affine
-    mu, var = _statistics(v, layout, weight.dtype)
+    mu, var = _statistics(v, layout, affine.weight.dtype)
     count: Tensor | None = None
-    if sync is not None:
-        mu, var, count = _over_processes(mu, var, v.numel() // mu.numel(), sync)
-    if buffers is not None:
+    if how.sync is not None:
+        mu, var, count = _over_processes(mu, var, v.numel() // mu.numel(), how.sync)
+    if how.buffers is not None:
         unbiased = var * (count / (count - 1) if count is not None else 1 / (1 - mu.numel() / v.numel()))
-        for buffer, value in zip(buffers, (mu, unbiased)):
-            buffer.lerp_(value.to(buffer.dtype), momentum)
-    inv_sigma = (var + eps).rsqrt()
-    ratio = mu * inv_sigma
-    # weight * (v - mu) / sigma + bias + shift * ratio, sorted by what it multiplies
+        for buffer, value in zip(how.buffers, (mu, unbiased)):
+            buffer.lerp_(value.to(buffer.dtype), how.momentum)
+    statistics = Statistics.of(mu, var, how.eps, count)
+    return Normalised(scaled(x, layout, affine, statistics, shifted=how.shifted), statistics)
+
+
+def scaled(x: Tensor, layout: Layout, affine: Affine, statistics: Statistics, *, shifted: bool) -> Tensor:
+    """Compute weight * (x - mu) / sigma + bias + shift * mu/sigma in one operation on activations."""
+    weight, bias, shift = affine
+    v, ratio = layout.view(x), statistics.mu_over_sigma()
+    # sorted by what it multiplies
     offset = torch.addcmul(bias, shift - weight, ratio) if shifted else torch.addcmul(bias, weight, ratio, value=-1)
-    scale = weight * inv_sigma
+    scale = weight * statistics.inv_sigma
     terms = offset.view(layout.vector), v, scale.view(layout.vector)
     out = torch.addcmul(*terms) if v.dtype == scale.dtype else torch.addcmul(*terms, out=torch.empty_like(v))
-    return Normalised(layout.back(out, x), Statistics(mu, inv_sigma, ratio, count))
+    return layout.back(out, x)
 
 
 def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Statistics,
-    grouping: Grouping,
-    needs_grad_x: bool,
-    sync: dist.ProcessGroup | None = None,
+    grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, how: Normalisation, needs_grad_x: bool
 ) -> Gradients:
     """Compute as `kernels.backward` does."""
-    layout = Layout(x, grouping)
+    layout = Layout(x, how.grouping)
     v, g, vector = layout.view(x), layout.view(grad_out), layout.vector
-    ratio = saved.mu * saved.inv_sigma if saved.ratio is None else saved.ratio
+    ratio = saved.mu_over_sigma()
     minus_x_hat = torch.addcmul(ratio.view(vector), v, saved.inv_sigma.view(vector), value=-1)
     grad_bias = g.sum(layout.dims, dtype=minus_x_hat.dtype).flatten()
     minus_grad_weight = (minus_x_hat * g).sum(layout.dims).flatten()
@@ -67,7 +57,7 @@ def backward(
     total_bias, minus_total_weight, share = grad_bias, minus_grad_weight, minus_grad_weight.numel() / v.numel()
     if saved.values is not None:
         totals = torch.stack([grad_bias, minus_grad_weight])
-        dist.all_reduce(totals, group=sync)
+        dist.all_reduce(totals, group=how.sync)
         (total_bias, minus_total_weight), share = totals / saved.values, 1.0
     # weight/sigma * (g - (total_bias + x_hat * total_weight) / count), in the memory of x_hat
     mean = torch.addcmul(total_bias.view(vector), minus_x_hat, minus_total_weight.view(vector), out=minus_x_hat)

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from apart_hf.batchnorm import kernels
 from apart_hf.batchnorm.affine import Affine, LayerParameters, affine_of
 from apart_hf.batchnorm.layouts import ONE_GROUP, Grouping
-from apart_hf.batchnorm.normalised import MeanAndVariance, Statistics
+from apart_hf.batchnorm.normalised import Normalisation, Statistics
 
 
 class _ShiftedBatchNorm(torch.autograd.Function):
@@ -22,23 +22,10 @@ class _ShiftedBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        shift: Tensor,
-        buffers: MeanAndVariance | None,
-        momentum: float,
-        eps: float,
-        grouping: Grouping,
-        sync: ProcessGroup | None,
-        shifted: bool,
-    ) -> Tensor:
-        affine = Affine(weight, bias, shift)
-        out, saved = kernels.forward(x, affine, buffers, momentum, eps, grouping, sync, shifted)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, how: Normalisation) -> Tensor:
+        out, saved = kernels.forward(x, Affine(weight, bias, shift), how)
         ctx.save_for_backward(x, weight, *saved)
-        ctx.eps, ctx.grouping, ctx.sync = eps, grouping, sync
+        ctx.how = how
         return out
 
     @staticmethod
@@ -46,38 +33,23 @@ class _ShiftedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *statistics = ctx.saved_tensors
         saved = Statistics(*statistics)
-        grad_x, grad_weight, grad_bias = kernels.backward(
-            grad_out, x, weight, saved, ctx.eps, ctx.grouping, ctx.sync, ctx.needs_input_grad[0]
-        )
-        grad_shift = None
-        if ctx.needs_input_grad[3]:
-            ratio = saved.mu * saved.inv_sigma if saved.ratio is None else saved.ratio
-            grad_shift = ratio * grad_bias
-        return (grad_x, grad_weight, grad_bias, grad_shift, *[None] * 6)
+        grad_x, grad_weight, grad_bias = kernels.backward(grad_out, x, weight, saved, ctx.how, ctx.needs_input_grad[0])
+        grad_shift = saved.mu_over_sigma() * grad_bias if ctx.needs_input_grad[3] else None
+        return grad_x, grad_weight, grad_bias, grad_shift, None
 
 
-def shifted_batch_norm(
-    x: Tensor,
-    affine: Affine,
-    *,
-    eps: float,
-    buffers: tuple[Tensor, Tensor] | None = None,
-    momentum: float = 0.0,
-    grouping: Grouping = ONE_GROUP,
-    sync: ProcessGroup | None = None,
-    shifted: bool = True,
-) -> Tensor:
+def shifted_batch_norm(x: Tensor, affine: Affine, how: Normalisation) -> Tensor:
     """Normalise a batch, and scale and shift it: `perturbed_batch_norm` for an affine part that was computed before.
 
     Args:
-        x: (N * grouping.rows, C, ...) activations.
-        affine: its vectors are (grouping.groups * C,) each, differentiable.
-        eps, buffers, momentum, grouping, sync, shifted: see `perturbed_batch_norm`.
+        x: (N * how.grouping.rows, C, ...) activations.
+        affine: its vectors are (how.grouping.groups * C,) each, differentiable.
+        how: statistics are taken and used.
 
     Returns:
         A tensor of x's shape, dtype and memory format.
     """
-    return _ShiftedBatchNorm.apply(x, *affine, buffers, momentum, eps, grouping, sync, shifted)
+    return _ShiftedBatchNorm.apply(x, *affine, how)
 
 
 def perturbed_batch_norm(
@@ -117,6 +89,4 @@ def perturbed_batch_norm(
         A tensor of x's shape, dtype and memory format.
     """
     affine = affine_of(LayerParameters(gamma, beta, delta_mu, delta_sigma), grouping.groups)
-    return shifted_batch_norm(
-        x, affine, eps=eps, buffers=buffers, momentum=momentum, grouping=grouping, sync=sync, shifted=shifted
-    )
+    return shifted_batch_norm(x, affine, Normalisation(eps, buffers, momentum, grouping, sync, shifted))

@@ -9,13 +9,11 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from apart_hf.batchnorm import composed, cpu_kernels, device_kernels
 from apart_hf.batchnorm.affine import Affine
-from apart_hf.batchnorm.layouts import Grouping
-from apart_hf.batchnorm.normalised import Gradients, MeanAndVariance, Normalised, Statistics
+from apart_hf.batchnorm.normalised import Gradients, Normalisation, Normalised, Statistics
 from apart_hf.errors import ApartError
 
 KernelSet = Literal["auto", "cpu", "device"]
@@ -52,50 +50,25 @@ class use_kernels:
         _forced = self._before
 
 
-def forward(
-    x: Tensor,
-    affine: Affine,
-    buffers: MeanAndVariance | None,
-    momentum: float,
-    eps: float,
-    grouping: Grouping,
-    sync: dist.ProcessGroup | None,
-    shifted: bool,
-) -> Normalised:
+def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
     """Compute weight * (x - mu)/sigma + bias + shift * mu/sigma, with mu and sigma of each group.
 
     Args:
         x: (N * rows, C, ...).
         affine: weight, bias and shift.
-        buffers: running (mean, var) to update, with one group; None: leave no trace.
-        momentum: of that update.
-        eps: added to the variance.
-        grouping: of x.
-        sync: processes whose batches share their statistics, as in SyncBatchNorm.
-        shifted: False promises that shift is zero.
+        how: see `Normalisation`.
 
     Returns:
         The output and the statistics.
     """
-    if sync is not None:
-        return composed.forward(x, affine, buffers, momentum, eps, grouping, shifted, sync)
-    return _for(x.device).forward(x, affine, buffers, momentum, eps, grouping, shifted)
+    return _chosen(x, how).forward(x, affine, how)
 
 
 def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Statistics,
-    eps: float,
-    grouping: Grouping,
-    sync: dist.ProcessGroup | None,
-    needs_grad_x: bool,
+    grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, how: Normalisation, needs_grad_x: bool
 ) -> Gradients:
     """Compute the gradients for x, and for weight and bias of each group, (groups * C,) each."""
-    if sync is not None:
-        return composed.backward(grad_out, x, weight, saved, grouping, needs_grad_x, sync)
-    return _for(x.device).backward(grad_out, x, weight, saved, eps, grouping, needs_grad_x)
+    return _chosen(x, how).backward(grad_out, x, weight, saved, how, needs_grad_x)
 
 
 def is_served_by_launches(device: torch.device) -> bool:
@@ -105,3 +78,7 @@ def is_served_by_launches(device: torch.device) -> bool:
 
 def _for(device: torch.device) -> ModuleType:
     return _forced or (cpu_kernels if device.type == "cpu" else device_kernels)
+
+
+def _chosen(x: Tensor, how: Normalisation) -> ModuleType:
+    return _for(x.device) if how.sync is None else composed

@@ -1,4 +1,4 @@
-"""What the kernels give and share: normalised activations, and the statistics that they were normalised by."""
+"""What the kernels are told, give and share: how to normalise, the outcome, and the statistics behind it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from apart_hf.batchnorm.layouts import ONE_GROUP, Grouping
 
 MeanAndVariance = tuple[Tensor, Tensor]
+
+
+class Normalisation(NamedTuple):
+    """Says how a batch is normalised.
+
+    Args:
+        eps: added to the variance.
+        buffers: running (mean, var), (C,) each, updated in place with `momentum` as `F.batch_norm` does; only with one
+            group and shifted=False. None: the statistics leave no trace.
+        momentum: of that update.
+        grouping: the groups that rows of x belong to.
+        sync: processes whose groups share their statistics: group k is that of all of them together (SyncBatchNorm).
+        shifted: False promises that the shift is zero.
+    """
+
+    eps: float
+    buffers: MeanAndVariance | None = None
+    momentum: float = 0.0
+    grouping: Grouping = ONE_GROUP
+    sync: ProcessGroup | None = None
+    shifted: bool = True
 
 
 class Statistics(NamedTuple):
@@ -24,6 +48,16 @@ class Statistics(NamedTuple):
     inv_sigma: Tensor
     ratio: Tensor | None = None
     values: Tensor | None = None
+
+    @classmethod
+    def of(cls, mu: Tensor, var: Tensor, eps: float, values: Tensor | None = None) -> Statistics:
+        """Compute them from means and biased variances."""
+        inv_sigma = (var + eps).rsqrt()
+        return cls(mu, inv_sigma, mu * inv_sigma, values)
+
+    def mu_over_sigma(self) -> Tensor:
+        """Return mu/sigma, computed now where it was not needed before."""
+        return self.mu * self.inv_sigma if self.ratio is None else self.ratio
 
 
 class Normalised(NamedTuple):

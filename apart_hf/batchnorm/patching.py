@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_hf.batchnorm.affine import Affine, LayerParameters, affine_of, affine_of_all
 from apart_hf.batchnorm.functional import shifted_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
+from apart_hf.batchnorm.normalised import Normalisation
 from apart_hf.errors import ApartError
 
 
@@ -102,13 +103,12 @@ def _running_statistics(layer: _BatchNorm, shared: Shared) -> tuple[tuple[Tensor
     """Return the buffers to update and their momentum, and count the batch, as `_BatchNorm.forward` does."""
     momentum = 0.0 if layer.momentum is None else layer.momentum
     if layer.track_running_stats and layer.num_batches_tracked is not None:
-        if layer.momentum is None:  # cumulative average
-            layer.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(layer.num_batches_tracked)
-        elif torch.compiler.is_compiling():
-            layer.num_batches_tracked.add_(1)
-        else:
+        if layer.momentum is not None and not torch.compiler.is_compiling():
             shared.ran[layer.num_batches_tracked] += 1
+        else:
+            layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:  # cumulative average
+            momentum = 1.0 / float(layer.num_batches_tracked)
     if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
         return None, momentum
     return (layer.running_mean, layer.running_var), momentum
@@ -180,16 +180,8 @@ def _forward(
     is_shared = not torch.compiler.is_compiling() and name in shared.affine
     affine = shared.affine[name] if is_shared else affine_of(_parameters(layer, deltas), groups)
     buffers, momentum = (None, 0.0) if perturbed else _running_statistics(layer, shared)
-    out = shifted_batch_norm(
-        x,
-        affine,
-        eps=layer.eps,
-        buffers=buffers,
-        momentum=momentum,
-        grouping=Grouping(groups, rows, blocks),
-        sync=sync,
-        shifted=perturbed,
-    )
+    how = Normalisation(layer.eps, buffers, momentum, Grouping(groups, rows, blocks), sync, shifted=perturbed)
+    out = shifted_batch_norm(x, affine, how)
     return _EPILOGUES[type(layer).forward](layer, out)
 
 
