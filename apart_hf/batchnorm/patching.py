@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf.batchnorm.affine import Affine, LayerParameters, affine_of, affine_of_all
+from apart_hf.batchnorm.affine import LayerParameters, affine_of, affine_of_all
 from apart_hf.batchnorm.functional import shifted_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
 from apart_hf.batchnorm.normalised import Normalisation
+from apart_hf.batchnorm.shared import Shared
 from apart_hf.errors import ApartError
 
 
@@ -75,45 +74,6 @@ def _shown(name: str) -> str:
     return repr(name)
 
 
-@dataclass
-class Shared:
-    """Holds what all layers of a pass share, so that it is done for all of them at once.
-
-    One object is for all passes of a strategy: torch.compile would compile anew for a fresh one.
-
-    Args:
-        affine: of each layer, by name; of those that are not here, each layer computes it.
-        ran: counters of batches, and how often their layers ran since they were last advanced.
-        eps: the machine epsilon of the 16-bit activations seen so far, 0 for none.
-    """
-
-    affine: Mapping[str, Affine] = field(default_factory=dict)
-    ran: Counter[Tensor] = field(default_factory=Counter)
-    eps: float = 0.0
-
-    def end(self) -> None:
-        """Count the batches of all layers that ran, and forget the pass."""
-        for times in set(self.ran.values()):
-            torch._foreach_add_([counter for counter, ran in self.ran.items() if ran == times], times)
-        self.ran.clear()
-        self.affine, self.eps = {}, 0.0
-
-
-def _running_statistics(layer: _BatchNorm, shared: Shared) -> tuple[tuple[Tensor, Tensor] | None, float]:
-    """Return the buffers to update and their momentum, and count the batch, as `_BatchNorm.forward` does."""
-    momentum = 0.0 if layer.momentum is None else layer.momentum
-    if layer.track_running_stats and layer.num_batches_tracked is not None:
-        if layer.momentum is not None and not torch.compiler.is_compiling():
-            shared.ran[layer.num_batches_tracked] += 1
-        else:
-            layer.num_batches_tracked.add_(1)
-        if layer.momentum is None:  # cumulative average
-            momentum = 1.0 / float(layer.num_batches_tracked)
-    if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
-        return None, momentum
-    return (layer.running_mean, layer.running_var), momentum
-
-
 def _synchronised(layer: _BatchNorm) -> ProcessGroup | None:
     """Return the processes that a SyncBatchNorm shares its statistics with; None: it works alone."""
     if not isinstance(layer, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
@@ -146,18 +106,6 @@ def _parameters(layer: _BatchNorm, deltas: tuple[Tensor, Tensor]) -> LayerParame
     return LayerParameters(ones, torch.zeros_like(ones), *deltas)
 
 
-def _mark(activation_eps: Tensor, dtype: torch.dtype, shared: Shared) -> None:
-    """Leave the machine epsilon of 16-bit activations where the attack finds it."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return
-    eps = torch.finfo(dtype).eps
-    if torch.compiler.is_compiling():
-        activation_eps.fill_(eps)
-    elif eps > shared.eps:
-        activation_eps.fill_(eps)
-        shared.eps = eps
-
-
 def _forward(
     x: Tensor,
     *,
@@ -172,14 +120,14 @@ def _forward(
     activation_eps: Tensor | None,
 ) -> Tensor:
     if activation_eps is not None:
-        _mark(activation_eps, x.dtype, shared)
+        shared.mark(activation_eps, x.dtype)
     layer._check_input_dim(x)
     sync = _synchronised(layer)
     rows = _rows_per_sample(name, x, samples, groups, dist.get_world_size(sync) if sync else 1)
     # a compiler fuses what each layer computes, and would compile anew for the fresh tensors of all
     is_shared = not torch.compiler.is_compiling() and name in shared.affine
     affine = shared.affine[name] if is_shared else affine_of(_parameters(layer, deltas), groups)
-    buffers, momentum = (None, 0.0) if perturbed else _running_statistics(layer, shared)
+    buffers, momentum = (None, 0.0) if perturbed else shared.running_statistics(layer)
     how = Normalisation(layer.eps, buffers, momentum, Grouping(groups, rows, blocks), sync, shifted=perturbed)
     out = shifted_batch_norm(x, affine, how)
     return _EPILOGUES[type(layer).forward](layer, out)

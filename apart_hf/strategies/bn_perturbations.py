@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.layouts import is_channels_last
-from apart_hf.batchnorm.patching import Shared, replaced_forwards, supported_layers
+from apart_hf.batchnorm.patching import replaced_forwards, supported_layers
+from apart_hf.batchnorm.shared import Shared
 from apart_hf.errors import ApartError
 from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, draw_device, processes
 from apart_hf.strategies.scalars import python_number
