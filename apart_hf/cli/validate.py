@@ -18,6 +18,7 @@ from apart_hf.hub.model_folder import Exported
 from apart_hf.hub.pretrained import find_pretrained, load_pretrained
 from apart_hf.hub.training_record import DataRecord, TrainingRecord
 from apart_hf.training.evaluation import evaluate
+from apart_hf.training.loader_reports import count_skipped
 from apart_hf.utils.accelerator import start_accelerator
 from apart_hf.utils.allocator import keep_freed_memory
 from apart_hf.utils.command_line import Parser, run_command
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
         print(f"data: {note}.", file=sys.stderr)
     loader = Loaders(data, plain_batches(args, model), accelerator).evaluation(data.val)
     found = {"split": data.val.name, **evaluate(accelerator.prepare(model), loader, accelerator).as_line()}
-    skipped = int(accelerator.reduce(torch.tensor(loader.dataset.take_skipped(), device=accelerator.device)))
+    skipped = count_skipped(accelerator, loader)
     found["images"] = None if data.val.size is None else len(data.val) - skipped
     holds = _report(args, found, training, accelerator)
     if not holds:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from apart_hf.data.dataset_base import EpochDataset
 from apart_hf.data.decoded_cache import DecodedCache
-from apart_hf.data.decoding import BadImage, bad_image, rgb
 from apart_hf.data.splits import Split
 from apart_hf.errors import ApartError
 from apart_hf.utils.progress_bar import progress_bar
@@ -72,17 +71,10 @@ def decode(
 
 def _decode(split: Split, edge: int, channels: int, skip_bad: bool, progress: str | None) -> tuple[Tensor, Tensor]:
     decoded = torch.zeros(len(split), edge, edge, _bytes(channels), dtype=torch.uint8)
-    good = torch.ones(len(split), dtype=torch.bool)
+    good = torch.zeros(len(split), dtype=torch.bool)
     for start in progress_bar(range(0, len(split), _AT_ONCE), progress, unit="k images"):
         indices = list(range(start, min(start + _AT_ONCE, len(split))))
-        for index, (encoded, _) in zip(indices, split.cells(indices)):
-            try:
-                image = rgb(encoded)
-            except BadImage as error:
-                if not skip_bad:
-                    raise bad_image(split.place(index), error) from error
-                good[index] = False
-                continue
+        for index, image, _ in split.images(indices, skip_bad=skip_bad):
             if image.size != (edge, edge):
                 raise OtherSize(
                     f"{split.place(index)} has {image.size[0]}x{image.size[1]} pixels, others {edge}x{edge}; use "
@@ -90,6 +82,7 @@ def _decode(split: Split, edge: int, channels: int, skip_bad: bool, progress: st
                 )
             pixels = np.array(image.convert("L") if channels == 1 else image)
             decoded[index, ..., :channels] = torch.from_numpy(pixels.reshape(edge, edge, channels))
+            good[index] = True
     return decoded, good
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image as PIL
 from PIL import ImageOps
 
-from apart_hf.data.decoding import BadImage, bad_image, rgb
 from apart_hf.data.loading import ImageData
 from apart_hf.data.packed import CLASSES, IMAGES, LABELS
 from apart_hf.data.split_names import meaning
@@ -131,11 +130,5 @@ def _images(split: Split, size: int | None, skip_bad: bool) -> Iterator[tuple[in
     """Give the images of a split that can be decoded, with their positions."""
     for start in progress_bar(range(0, len(split), _AT_ONCE), f"packing split {split.name}", unit=f"{_AT_ONCE} images"):
         indices = list(range(start, min(start + _AT_ONCE, len(split))))
-        for index, (encoded, _) in zip(indices, split.cells(indices)):
-            try:
-                image = rgb(encoded)
-            except BadImage as error:
-                if not skip_bad:
-                    raise bad_image(split.place(index), error) from error
-                continue
+        for index, image, _ in split.images(indices, skip_bad=skip_bad):
             yield index, image if size is None else ImageOps.fit(image, (size, size), PIL.Resampling.BICUBIC)

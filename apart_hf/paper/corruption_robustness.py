@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from apart_hf.data import Split
-from apart_hf.data.decoding import BadImage, bad_image, rgb, upright_size
+from apart_hf.data.decoding import rgb
 from apart_hf.errors import ApartError
 from apart_hf.paper.corruptions import SMALLEST, corrupt, corruption_number
 from apart_hf.paper.recalibration import Estimate, halves, has_running_statistics
@@ -103,20 +103,13 @@ def readable_rows(split: Split, rows: np.ndarray, skip_bad: bool) -> np.ndarray:
     """
     good = []
     for row in progress_bar(rows.tolist(), f"reading split {split.name}", unit="image"):
-        ((encoded, _),) = split.cells([row])
-        try:
-            width, height = upright_size(encoded)
-            rgb(encoded)
-        except BadImage as error:
-            if not skip_bad:
-                raise bad_image(split.place(row), error) from error
-            continue
-        if min(width, height) < SMALLEST:
-            raise ApartError(
-                f"{split.place(row)} has {width}x{height} pixels; corruptions need at least {SMALLEST}x{SMALLEST}: "
-                "name data with larger images."
-            )
-        good.append(row)
+        for _, image, _ in split.images([row], skip_bad=skip_bad):
+            if min(image.size) < SMALLEST:
+                raise ApartError(
+                    f"{split.place(row)} has {image.width}x{image.height} pixels; corruptions need at least "
+                    f"{SMALLEST}x{SMALLEST}: name data with larger images."
+                )
+            good.append(row)
     if not good:
         raise ApartError(f"no image of split {split.name!r} can be decoded.")
     return np.array(good)

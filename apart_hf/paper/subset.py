@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from apart_hf.data.decoding import BadImage, bad_image, rgb
 from apart_hf.data.loading import ImageData, load_image_data
 from apart_hf.data.settings import DataSettings
 from apart_hf.data.splits import Split
@@ -109,11 +108,6 @@ def _rows(parts: Iterable[Part], edge: int | None = None) -> list[tuple[Image.Im
     """Read (image, class index) of each row; averaged to `edge` pixels, or in its own size."""
     found = []
     for split, positions in parts:
-        indices = positions.tolist()
-        for index, (cell, label) in zip(indices, split.cells(indices)):
-            try:
-                image = rgb(cell)
-            except BadImage as error:
-                raise bad_image(split.place(index), error) from error
+        for _, image, label in split.images(positions.tolist()):
             found.append((image if edge is None else image.resize((edge, edge), Image.Resampling.BOX), label))
     return found

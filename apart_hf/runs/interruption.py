@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from apart_hf.errors import ApartError
 from apart_hf.runs.time_limit import MARGIN, TimeLimit
-from apart_hf.utils.processes import SIGNALS, from_main_process
+from apart_hf.utils.processes import SIGNALS, anywhere, from_main_process
 
 if TYPE_CHECKING:
     from apart_hf.runs.run import Run
@@ -203,14 +203,7 @@ class Schedule:
             else:
                 needs_one = needs_one or ends_late
         self.stop.time_is_over = short
-        return self._of_any(needs_one)
-
-    def _of_any(self, needed: bool) -> bool:
-        """Tell whether something is needed by any process: their clocks differ, and all save together."""
-        accelerator = self.run.accelerator
-        if accelerator.num_processes == 1:
-            return needed
-        return bool(accelerator.reduce(torch.tensor(int(needed), device=accelerator.device), "sum"))
+        return anywhere(self.run.accelerator, needs_one)  # their clocks differ, and all save together
 
     def check(self, *, evaluated: bool, done: bool) -> None:
         """Look, after an epoch whose checkpoint has been written, whether the run is to stop.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apart_hf.batchnorm.kernels import is_served_by_launches
 from apart_hf.errors import ApartError
 from apart_hf.training.diagnosis import cause, training_state
+from apart_hf.utils.processes import anywhere
 
 PATIENCE = 100  # steps in a row without a usable one, after which a run ends
 
@@ -109,7 +110,7 @@ class Guard:
                     return True
                 self.look(before=step)
             self._suspect = None if finite else (images, loss)
-        self.good = not self._anywhere(self._suspect is not None)
+        self.good = not anywhere(self.accelerator, self._suspect is not None)
         if not self.good:
             self._leave_out(step, *(self._suspect or (images, loss)))
         self._within, self._suspect = False, None
@@ -198,7 +199,7 @@ class Guard:
         self._copy(self._kept, self._buffers)
         if not self.skip:
             raise NonFinite(f"step {step}: {self._cause(images, loss)}.")
-        if self._anywhere(self._first_bad() is not None):
+        if anywhere(self.accelerator, self._first_bad() is not None):
             raise NonFinite(f"step {step}: {self._cause(images, loss)}. It is too late to leave the step out.")
         if self.in_a_row >= PATIENCE:
             raise NonFinite(f"step {step}, the {PATIENCE}th in a row to be left out: {self._cause(images, loss)}.")
@@ -224,12 +225,6 @@ class Guard:
     def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
         for values, places in zip(source, target):
             torch._foreach_copy_(places, values)
-
-    def _anywhere(self, here: bool) -> bool:
-        """Tell whether it is so on any process."""
-        if self.accelerator.num_processes == 1:
-            return here
-        return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum"))
 
     def _first_bad(self) -> str | None:
         """Name what training carries from step to step and is not finite here; None: all is."""

@@ -54,6 +54,13 @@ def from_main_process(accelerator: Accelerator, call: Callable[[], Result]) -> R
     return found
 
 
+def anywhere(accelerator: Accelerator, here: bool) -> bool:
+    """Tell whether something is so on any process of the run; all of them ask together."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(int(here), device=accelerator.device), "sum"))
+
+
 def use_threads(threads: int | None, local_processes: int) -> int:
     """Set the CPU threads of this process and return them.
 

@@ -16,7 +16,7 @@ from PIL import ImageFile
 from safetensors import SafetensorError
 
 from apart_hf import ApartError
-from apart_hf.data import Loaders, LoaderSettings, Split, dataset_memory, decoded_cache
+from apart_hf.data import Loaders, LoaderSettings, Split, decoded_cache, splits
 from apart_hf.data.dataset_memory import OtherSize, decode
 from apart_hf.data.decoded_cache import DecodedCache, cache_folder
 from apart_hf.runs.train import train
@@ -36,8 +36,8 @@ def cache(tmp_path):
 @pytest.fixture
 def decodings(monkeypatch):
     """Counts the images that are decoded."""
-    seen, rgb = [], dataset_memory.rgb
-    monkeypatch.setattr(dataset_memory, "rgb", lambda encoded: seen.append(1) or rgb(encoded))
+    seen, rgb = [], splits.rgb
+    monkeypatch.setattr(splits, "rgb", lambda encoded: seen.append(1) or rgb(encoded))
     return seen
 
 
