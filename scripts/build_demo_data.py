@@ -5,6 +5,10 @@
 
 takes, of each class, 600 of the 6,000 training images and 100 of the 1,000 test images, drawn with a fixed seed, and
 writes them as PNG into apart_hf/data/demo/{train,test}.parquet with the columns image and label.
+
+    python scripts/build_demo_data.py --per-class 6000 1000 --output FOLDER
+
+writes all images instead, so that `apart-hf train --dataset fashion-mnist --data-dir FOLDER` needs no network.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from PIL import Image as PILImage
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
-SPLITS = {"train": ("train", 600), "test": ("t10k", 100)}  # split -> prefix of the files, images a class
+SPLITS = {"train": "train", "test": "t10k"}  # split -> prefix of the files
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -47,9 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default="/usr/share/datasets/fashion-mnist", help="folder of .gz files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "apart_hf/data/demo")
+    parser.add_argument(
+        "--per-class", type=int, nargs=2, default=[600, 100], metavar=("TRAIN", "TEST"), help="images of each class"
+    )
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for split, (prefix, per_class) in SPLITS.items():
+    for (split, prefix), per_class in zip(SPLITS.items(), args.per_class):
         images = read_idx(args.source / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(args.source / f"{prefix}-labels-idx1-ubyte.gz")
         rows = subset(labels, per_class, rng)

@@ -107,7 +107,8 @@ def test_groups_of_one_sample_where_a_layer_has_one_value_of_each(samples, group
     assert_same(found["fit"], found["nearest"], tolerance=0)
     model = OneValue().double().train()
     cross_entropy(model(x), y).backward()
-    assert_same(found["plain"], gradients(model) | dict(model.named_buffers()), tolerance=1e-15)
+    # not to the last bit, which differs by machine: the pass is added in two halves
+    assert_same(found["plain"], gradients(model) | dict(model.named_buffers()), tolerance=1e-14)
 
 
 def test_a_single_sample_that_batchnorm_itself_refuses():
