@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from apart_hf.training.clipping import ClipMode, clip_gradients
+from apart_hf.training.clipping import ClipMode
 from apart_hf.training.distributed_statistics import average_statistics, running_statistics, with_first_buffers
 from apart_hf.training.epoch_metrics import EpochMetrics, Evaluation, TrainedEpoch
 from apart_hf.training.evaluation import evaluate
@@ -21,6 +21,7 @@ from apart_hf.training.predictions import SHOWN
 from apart_hf.training.progress import EpochReport, Progress, learning_rate
 from apart_hf.training.random_state import random_state, set_random_state
 from apart_hf.training.state import ProcessState, TrainerState
+from apart_hf.training.step import Step
 from apart_hf.training.step_figures import StepFigures
 
 
@@ -87,6 +88,7 @@ class Trainer:
             interval=self.log_interval,
         )
         self.progress = Progress(self.accelerator.device)
+        self._step = Step(self)
         self._random: dict[str, Any] | None = None  # to go on from within an epoch
 
     @property
@@ -173,34 +175,7 @@ class Trainer:
         Raises:
             NonFinite: where the step is not finite and is not to be left out.
         """
-        number = self.progress.steps + 1
-        if self.scheduler is not None and self.progress.steps:
-            self.scheduler.step_update(self.progress.steps)
-        if self.hyper_schedule is not None:
-            self.strategy.set(**self.hyper_schedule(self.progress.steps))
-        with self.accelerator.accumulate(self.model):
-            self.guard.before()
-            loss, output = self.strategy.accumulate_gradients(
-                images,
-                targets,
-                self.criterion,
-                backward=lambda loss: self.accelerator.backward(loss if share == 1.0 else loss * share),
-                perturb=self.progress.reaches(self.perturb_from_epoch),
-            )
-            good = self.guard.judge(number, images, loss)  # False before the last batch of a step
-            if self.figures is not None:
-                self.figures.end_batch(number, good)
-            if good:
-                if self.clip_grad is not None:
-                    clip_gradients(self.accelerator, self.model, self.optimizer, self.clip_grad, self.clip_mode)
-                self.optimizer.step()
-                self.guard.after(number)
-            self.optimizer.zero_grad()  # Accelerate's: does nothing before the last batch of a step
-        if self.accelerator.sync_gradients:
-            self.progress.steps = number
-            if good and self.ema is not None:
-                self.ema.update(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), step=number)
-        return loss, output
+        return self._step(images, targets, share)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the batches of this epoch that are still to come."""
