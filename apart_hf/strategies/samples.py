@@ -81,8 +81,8 @@ def select_samples(batch: Any, chosen: Tensor, samples: int) -> Any:
     Returns:
         The batch of these samples, of the same kind, in the memory format that it had. What has another length stays.
     """
-    found, indices = _Samples(batch, samples), chosen.tolist()
-    return map_nodes(lambda node: _part(node, chosen, indices) if found.is_of_samples(node) else DESCEND, batch)
+    found = _Samples(batch, samples)
+    return map_nodes(lambda node: _part(node, chosen) if found.is_of_samples(node) else DESCEND, batch)
 
 
 class _Samples:
@@ -160,12 +160,13 @@ def _held(node: Any, samples: int, depth: int) -> str | None:
     return None
 
 
-def _part(node: Any, chosen: Tensor, indices: list[int]) -> Any:
+def _part(node: Any, chosen: Tensor) -> Any:
     """Take rows or items of a node, which keeps its type."""
     if isinstance(node, Tensor):
         part = node.index_select(0, chosen.to(node.device))
         part = part.contiguous(memory_format=torch.channels_last) if is_channels_last(node) else part
         return part if isinstance(node, nn.Parameter) or isinstance(part, type(node)) else _of_type(node, part)
+    indices = chosen.tolist()  # which waits for a device, and tensors need not
     if isinstance(node, np.ndarray):
         return node[indices]
     items = [node[index] for index in indices]

@@ -3,23 +3,12 @@
 import pytest
 import torch
 from timm.utils import ModelEmaV3
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apart_hf.batchnorm import use_kernels
 from apart_hf.training.nonfinite import NonFinite
 from tests.support.helpers import build
+from tests.support.no_wait import NoWait
 from tests.support.trainers import batches, trainer
-
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
-
-
-class NoWait(TorchDispatchMode):
-    """Refuses operations whose outcome the host would wait for."""
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        assert not name.startswith(WAITS), name
-        return operation(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +18,19 @@ def a_device():
 
 
 @pytest.mark.parametrize(
-    "method, accumulated",
-    [("standard", 1), ("apart", 1), ("apart", 2), ("apart-sam", 1), ("asam", 2), ("random-bn", 1), ("ghost-bn", 1)],
+    "method, accumulated, layout",
+    [
+        ("standard", 1, "contiguous_format"),
+        ("apart", 1, "contiguous_format"),
+        ("apart", 2, "channels_last"),
+        ("apart-sam", 1, "contiguous_format"),
+        ("asam", 2, "contiguous_format"),
+        ("random-bn", 1, "contiguous_format"),
+        ("ghost-bn", 1, "channels_last"),
+    ],
 )
-def test_steps_wait_for_nothing(method, accumulated):
-    model = build("test_resnet", dtype=torch.float32)
+def test_steps_wait_for_nothing(method, accumulated, layout):
+    model = build("test_resnet", dtype=torch.float32).to(memory_format=getattr(torch, layout))
     data = [(images.float(), labels) for images, labels in batches(20 * accumulated)]
     more = {"clip_grad": 1.0, "ema": ModelEmaV3(model), "log_interval": 50}
     hyper = {"ratio": 0.5, "groups": 2} if method in ("apart", "apart-sam", "random-bn") else None
@@ -49,6 +46,8 @@ def test_steps_wait_for_nothing(method, accumulated):
 def test_the_mode_sees_what_waits():
     with NoWait(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         bool(torch.ones(()))
+    with NoWait(), pytest.raises(AssertionError, match="tolist"):
+        torch.ones(3).tolist()
 
 
 @pytest.mark.parametrize("interval, seen", [(4, "seen at step 8"), (50, "seen when the step was over")])
