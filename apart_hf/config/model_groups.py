@@ -98,6 +98,11 @@ class ModelGroup:
         False, "recompute activations in the backward, to save memory", role="how"
     )
     torchcompile: bool = _model_setting(False, "compile the model by torch.compile", role="how")
+    cuda_graph: bool = _model_setting(
+        False,
+        "on a GPU, record a step once and launch it as one graph from then on; where that cannot be, a line says why",
+        role="how",
+    )
     # of no effect on a single process, which published figures are of
     sync_bn: bool = _model_setting(False, "synchronise BatchNorm over processes (GPUs only)", role="how", recorded=27)
     # likewise; and so close to each other that figures do not tell them apart

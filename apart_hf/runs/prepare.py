@@ -155,6 +155,7 @@ def _make_trainer(
         log_interval=config.log_interval,
         skip_bad=config.on_bad_image == "skip",
         skip_nonfinite=config.on_nonfinite == "skip",
+        cuda_graph=config.cuda_graph,
         val_interval=config.val_interval,
     )
 

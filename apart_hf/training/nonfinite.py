@@ -104,7 +104,7 @@ class Guard:
         if self._waits:
             finite, self._finite = self._finite, torch.ones_like(finite)
             if self.interval > 1:
-                self._bad_step = torch.where(~finite & (self._bad_step == 0), step, self._bad_step)
+                self._mark(finite, step)
                 if step % self.interval:
                     self._within = False
                     return True
@@ -115,6 +115,31 @@ class Guard:
             self._leave_out(step, *(self._suspect or (images, loss)))
         self._within, self._suspect = False, None
         return self.good
+
+    def note(self, step: Tensor, loss: Tensor) -> None:
+        """Judge a step of one batch on the device, which is not asked: `look_when_due` does.
+
+        Args:
+            step: its number, as a scalar.
+            loss: of its clean pass.
+        """
+        self._mark(torch.stack([loss, *self._sizes(last=True)]).isfinite().all(), step)
+
+    def _mark(self, finite: Tensor, step: int | Tensor) -> None:
+        """Keep the number of the first step that is not finite, in its place."""
+        self._bad_step.copy_(torch.where(~finite & (self._bad_step == 0), step, self._bad_step))
+
+    def look_when_due(self, step: int) -> None:
+        """Ask the device, every `interval` steps, whether all steps so far were finite.
+
+        Args:
+            step: that was made last.
+
+        Raises:
+            NonFinite: where one was not.
+        """
+        if step % self.interval == 0:
+            self.look()
 
     def look(self, before: int | None = None) -> None:
         """Ask the device for the first bad step so far.

@@ -23,19 +23,24 @@ class Step:
         self.trainer = trainer
 
     def __call__(self, images: Tensor, targets: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Make what `Trainer.train_step` says."""
-        trainer, number = self.trainer, self.trainer.progress.steps + 1
+        """Make what `Trainer.train_step` says, as a graph where the trainer has them."""
+        trainer = self.trainer
         self._follow_schedules()
         with trainer.accelerator.accumulate(trainer.model):
-            trainer.guard.before()
-            loss, output = self.gradient(images, targets, share)
-            good = trainer.guard.judge(number, images, loss)  # False before the last batch of a step
-            if trainer.figures is not None:
-                trainer.figures.end_batch(number, good)
-            if good:
-                self.update()
-                trainer.guard.after(number)
-            trainer.optimizer.zero_grad()  # Accelerate's: does nothing before the last batch of a step
+            return self._in_turn(images, targets, share) if trainer.graphs is None else trainer.graphs(images, targets)
+
+    def _in_turn(self, images: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Make one part after another; the verdict is known before the update."""
+        trainer, number = self.trainer, self.trainer.progress.steps + 1
+        trainer.guard.before()
+        loss, output = self.gradient(images, targets, share)
+        good = trainer.guard.judge(number, images, loss)  # False before the last batch of a step
+        if trainer.figures is not None:
+            trainer.figures.end_batch(number, good)
+        if good:
+            self.update()
+            trainer.guard.after(number)
+        trainer.optimizer.zero_grad()  # Accelerate's: does nothing before the last batch of a step
         if trainer.accelerator.sync_gradients:
             trainer.progress.steps = number
             if good and trainer.ema is not None:

@@ -6,12 +6,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apart_hf.training.progress import learning_rate
 
 if TYPE_CHECKING:
     from apart_hf.training.trainer import Trainer
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Compute the Euclidean norm of the gradient of all parameters together."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 class StepFigures:
@@ -45,19 +51,19 @@ class StepFigures:
         """Tell whether it tells something of this optimizer step."""
         return step % self.trainer.log_interval == 0
 
-    def end_batch(self, step: int, good: bool) -> None:
+    def end_batch(self, step: int, good: bool, norm: Tensor | None = None) -> None:
         """Look at a batch after its gradient, before that is clipped.
 
         Args:
             step: that it belongs to.
             good: the gradient is whole, and the step will be made.
+            norm: of the gradient; None: it is still to be clipped, and is computed where it is due.
         """
         loss = self.trainer.strategy.perturbed_loss
         if loss is not None:
             self._of_step += torch.stack([loss, torch.ones_like(loss)]).to(self._of_step)
         if good and self.is_due(step):
-            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            norm = gradient_norm(self.trainer.model) if norm is None else norm
             scaler = self.trainer.accelerator.scaler
             self._norm = norm if scaler is None else norm / scaler.get_scale()
 

@@ -23,6 +23,7 @@ from apart_hf.training.random_state import random_state, set_random_state
 from apart_hf.training.state import ProcessState, TrainerState
 from apart_hf.training.step import Step
 from apart_hf.training.step_figures import StepFigures
+from apart_hf.training.step_graph import StepGraphs, step_graphs
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Trainer:
             False: such a step raises `NonFinite`. See `apart_hf.training.nonfinite.Guard`.
         val_interval: epochs from one evaluation to the next; the last epoch is always evaluated.
         after_step: called after each optimizer step, when all of `state` is as it will be found again.
+        cuda_graph: replay steps as CUDA graphs, where there are no `step_graph.obstacles`; a line names those.
         figures: tells what training shows by step, before `after_step`; None: nobody is told.
 
     `progress` says how far it is, `guard` judges the steps.
@@ -76,6 +78,7 @@ class Trainer:
     skip_nonfinite: bool = False
     val_interval: int = 1
     after_step: Callable[[], None] | None = None
+    cuda_graph: bool = False
     figures: StepFigures | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +92,7 @@ class Trainer:
         )
         self.progress = Progress(self.accelerator.device)
         self._step = Step(self)
+        self.graphs: StepGraphs | None = step_graphs(self, self._step) if self.cuda_graph else None
         self._random: dict[str, Any] | None = None  # to go on from within an epoch
 
     @property
@@ -226,6 +230,8 @@ class Trainer:
             self.ema.load_state_dict(shared.ema)
             self.ema.module.load_state_dict(own.statistics or {}, strict=False)
         self.guard.load_state_dict(shared.guard)
+        if self.graphs is not None:
+            self.graphs.forget()
         self.strategy.load_state_dict({"steps": progress.steps, **own.strategy})  # 0.1.0 did not keep them there
         progress.totals = None if own.totals is None else own.totals.to(self.accelerator.device)
         if self.figures is not None and own.figures is not None:

@@ -36,3 +36,9 @@ def test_a_command_says_it_and_leaves_logging_as_it_was(little, tmp_path, capsys
     with pytest.raises(SystemExit):
         main(["--model", "nonsense"])
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_a_run_without_graphs_says_why_in_one_line(little, tmp_path, caplog):
+    train(settings(little, tmp_path, epochs=1, max_steps=1, cuda_graph=True))
+    (line,) = [record.message for record in caplog.records if "--cuda-graph" in record.message]
+    assert line == "warning: --cuda-graph is left out: it trains on cpu, which has no such graphs."
