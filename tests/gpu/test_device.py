@@ -201,6 +201,7 @@ RUNS = {
     "float32": ({}, 1e-3),
     "bfloat16, channels_last": ({"amp_dtype": "bfloat16", "channels_last": True}, 0.1),
     "float16": ({"amp_dtype": "float16"}, 0.05),
+    "graphs": ({"cuda_graph": True, "log_interval": 4}, 1e-3),
 }
 
 
@@ -210,6 +211,8 @@ def test_a_run_trains_goes_on_and_says_what_its_export_is(kind, device, colours,
     more, tolerance = RUNS[kind]
     if kind == "float16" and device.type == "cpu":
         pytest.skip("accelerate has no gradient scaler on the CPU")
+    if kind == "graphs" and device.type == "cpu":
+        pytest.skip("the CPU has no graphs of operations; tests/training/test_step_graph.py has a stand-in")
     places = {"data_dir": str(colours), "output": str(tmp_path), "experiment": "run", "device": device.type}
     shared = {"model": "test_resnet", "batch_size": 32, "groups": 4, "lr": 0.05, "epochs": 4, "sched": "none", **more}
     train(TrainConfig(**shared, **places, max_steps=8))

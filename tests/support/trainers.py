@@ -12,9 +12,9 @@ from tests.support.oracle import HYPER
 SIZE = 8  # of a batch
 
 
-def trainer(model, data, method="apart", accumulated=1, opt=torch.optim.SGD, hyper=None, **more):
+def trainer(model, data, method="apart", accumulated=1, opt=torch.optim.SGD, hyper=None, cpu=True, **more):
     """Over the batches `data`, each (images, labels), in order; evaluated on another one."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=accumulated)
     loaders = [
         torch.utils.data.DataLoader([(image, int(label)) for batch in part for image, label in zip(*batch)], SIZE)
         for part in (data, batches(1))

@@ -9,8 +9,10 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from timm.data import Mixup
 from timm.optim import Lamb, Lookahead, create_optimizer_v2
 from timm.scheduler import StepLRScheduler
 from timm.utils import ModelEmaV3
@@ -62,6 +64,7 @@ def recorded(one, **options):
 def train(one, epochs=2):
     """Train and return all that it shows and leaves."""
     torch.manual_seed(0)
+    np.random.seed(0)
     told = []
     one.figures = StepFigures(one, lambda step, figures: told.append((step, figures)))
     for _ in range(epochs):
@@ -76,6 +79,14 @@ def left(one):
     return one.model.state_dict() | average | {key: value for key, value in state.items() if value is not None}
 
 
+MIXUP = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5)
+
+
+def mixed(images, labels):
+    images, targets = MIXUP(images.clone(), labels)
+    return images, targets.double()
+
+
 CASES = {
     "standard": ({"method": "standard"}, 1),
     "apart": ({"log_interval": 3}, 1),
@@ -88,6 +99,7 @@ CASES = {
     "ghost-bn": ({"method": "ghost-bn", "layout": torch.channels_last}, 1),
     "no momentum, clipped by value": ({"opt": partial(torch.optim.SGD, fused=True), "clip_mode": "value"}, 1),
     "clipped by unit": ({"clip_mode": "agc", "clip_grad": 0.01}, 1),
+    "mixup, which the host draws": ({"mixup": mixed}, 1),
     "the first epoch is plain": ({"perturb_from_epoch": 2}, 2),
 }
 
