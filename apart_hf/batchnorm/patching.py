@@ -125,8 +125,9 @@ def _forward(
     sync = _synchronised(layer)
     rows = _rows_per_sample(name, x, samples, groups, dist.get_world_size(sync) if sync else 1)
     # a compiler fuses what each layer computes, and would compile anew for the fresh tensors of all
-    is_shared = not torch.compiler.is_compiling() and name in shared.affine
-    affine = shared.affine[name] if is_shared else affine_of(_parameters(layer, deltas), groups)
+    affine = None if torch.compiler.is_compiling() else shared.affine(name)
+    if affine is None:
+        affine = affine_of(_parameters(layer, deltas), groups)
     buffers, momentum = (None, 0.0) if perturbed else shared.running_statistics(layer)
     how = Normalisation(layer.eps, buffers, momentum, Grouping(groups, rows, blocks), sync, shifted=perturbed)
     out = shifted_batch_norm(x, affine, how)
@@ -154,10 +155,10 @@ def replaced_forwards(
     layer's `__dict__` is what it was. `activation_eps`, a scalar, is set to the machine epsilon of float16 or bfloat16
     where a layer sees such activations.
 
-    With `together`, what is per channel is computed for all layers as the block begins, from the weights at that
-    moment, and their gradients as the backward ends. Without it each layer does so by itself: gradients of gamma and
-    beta are there as soon as its backward was, which lets DDP reduce them while the backward goes on. `shared` is to be
-    one object for all passes where the model may be compiled.
+    With `together`, what is per channel is computed for all layers as the first of them runs that is not compiled, from
+    the weights at that moment, and their gradients as the backward ends. Without it each layer does so by itself:
+    gradients of gamma and beta are there as soon as its backward was, which lets DDP reduce them while the backward
+    goes on. `shared` is to be one object for all passes where the model may be compiled.
 
     Raises:
         ApartError: where a layer's forward is replaced already.
@@ -170,8 +171,9 @@ def replaced_forwards(
             )
     shared = Shared() if shared is None else shared
     if together:
-        parameters = {name: _parameters(layer, deltas[name]) for name, layer in layers.items()}
-        shared.affine = affine_of_all(parameters, groups, shifted=perturbed)
+        shared.make_affine = lambda: affine_of_all(
+            {name: _parameters(layer, deltas[name]) for name, layer in layers.items()}, groups, shifted=perturbed
+        )
     try:
         for name, layer in layers.items():
             layer.__dict__["forward"] = partial(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,21 +20,30 @@ class Shared:
     One object is for all passes of a strategy: torch.compile would compile anew for a fresh one.
 
     Args:
-        affine: of each layer, by name; of those that are not here, each layer computes it.
+        make_affine: computes the affine parts of all layers, by name; None: each layer computes its own.
         ran: counters of batches, and how often their layers ran since they were last advanced.
         eps: the machine epsilon of the 16-bit activations seen so far, 0 for none.
     """
 
-    affine: Mapping[str, Affine] = field(default_factory=dict)
+    make_affine: Callable[[], Mapping[str, Affine]] | None = None
     ran: Counter[Tensor] = field(default_factory=Counter)
     eps: float = 0.0
+    _affine: Mapping[str, Affine] | None = None
+
+    def affine(self, name: str) -> Affine | None:
+        """Return the affine part of a layer, which the first one that asks computes for all; None: it is its own."""
+        if self._affine is None and self.make_affine is not None:
+            # the layer may run without gradients now, and with them later (reentrant checkpointing)
+            with torch.enable_grad():
+                self._affine = self.make_affine()
+        return None if self._affine is None else self._affine.get(name)
 
     def end(self) -> None:
         """Count the batches of all layers that ran, and forget the pass."""
         for times in set(self.ran.values()):
             torch._foreach_add_([counter for counter, ran in self.ran.items() if ran == times], times)
         self.ran.clear()
-        self.affine, self.eps = {}, 0.0
+        self.make_affine, self._affine, self.eps = None, None, 0.0
 
     def running_statistics(self, layer: _BatchNorm) -> tuple[tuple[Tensor, Tensor] | None, float]:
         """Return the buffers to update and their momentum, and count the batch, as `_BatchNorm.forward` does."""

@@ -5,10 +5,14 @@ import timm
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from apart_hf import create_strategy
-from apart_hf.batchnorm import use_kernels
+from apart_hf.batchnorm import patching, use_kernels
+from apart_hf.batchnorm.affine import affine_of_all
 from apart_hf.utils.operation_counts import count_operations
+from tests.reference import reference_step
+from tests.support.helpers import assert_same, batch, build, gradients
 
 KEPT, NONE = True, False
 
@@ -91,3 +95,34 @@ def test_a_set_is_forced_until_it_is_not():
     finally:
         use_kernels("auto")
     assert total() == cpu
+
+
+@pytest.mark.parametrize("compiled, times", [("nothing", 2), ("a layer", 2), ("all", 0)])
+def test_what_is_per_channel_is_computed_for_layers_that_are_not_compiled(compiled, times, monkeypatch):
+    """Once in each pass for all of them; a compiler fuses it with the rest of a layer."""
+    made = []
+    monkeypatch.setattr(patching, "affine_of_all", lambda *args, **more: made.append(1) or affine_of_all(*args, **more))
+    model = build("small")
+    want, _, _ = reference_step(model, *batch(8, 8), cross_entropy, "apart", groups=2, epsilon=0.1)
+    if compiled == "a layer":
+        model.bn1.compile(backend="eager")
+    network = torch.compile(model, backend="eager") if compiled == "all" else model
+    strategy = create_strategy("apart", network, groups=2)
+    strategy.accumulate_gradients(*batch(8, 8), cross_entropy)
+    torch._dynamo.reset()
+    assert_same(gradients(model), want)
+    assert len(made) == times
+
+
+def test_it_is_differentiable_where_the_first_layer_runs_without_gradients():
+    """As within reentrant checkpointing, which runs it again with them."""
+    model = build("small")
+    want, _, _ = reference_step(model, *batch(8, 8), cross_entropy, "apart", groups=2, epsilon=0.1)
+
+    def loss_fn(part):
+        images = part[0].clone().requires_grad_()
+        return cross_entropy(checkpoint(model, images, use_reentrant=True), part[1])
+
+    strategy = create_strategy("apart", model, groups=2)
+    strategy.accumulate(batch(8, 8), loss_fn)
+    assert_same(gradients(model), want)
