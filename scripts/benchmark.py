@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from apart_hf.batchnorm.kernels import KernelSet
 from apart_hf.errors import ApartError
 from apart_hf.paper import cost_tables
 from apart_hf.paper.step_costs import StepCase, make_contenders, measure
@@ -62,7 +64,7 @@ def parse(prog: str) -> argparse.Namespace:
     parser.add_argument("--torchcompile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--kernels", choices=("auto", "cpu", "device"), default="auto", help="of batch norm; auto: those of the device"
+        "--kernels", choices=get_args(KernelSet), default="auto", help="of batch norm; auto: those of the device"
     )
     parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads [torch's own choice]")
     parser.add_argument("--count", action="store_true", help="count operations and copies of activations")

@@ -22,10 +22,7 @@ def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
     count: Tensor | None = None
     if how.sync is not None:
         mu, var, count = _over_processes(mu, var, v.numel() // mu.numel(), how.sync)
-    if how.buffers is not None:
-        unbiased = var * (count / (count - 1) if count is not None else 1 / (1 - mu.numel() / v.numel()))
-        for buffer, value in zip(how.buffers, (mu, unbiased)):
-            buffer.lerp_(value.to(buffer.dtype), how.momentum)
+    how.track(mu, var, count / (count - 1) if count is not None else 1 / (1 - mu.numel() / v.numel()))
     statistics = Statistics.of(mu, var, how.eps, count)
     return Normalised(scaled(x, layout, affine, statistics, shifted=how.shifted), statistics)
 

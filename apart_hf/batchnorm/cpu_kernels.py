@@ -14,7 +14,7 @@ from apart_hf.batchnorm import composed, framework, runs_of_samples
 from apart_hf.batchnorm.affine import Affine
 from apart_hf.batchnorm.layouts import ONE_GROUP, Layout, channels_innermost, fold_groups, has_runs, unfold_groups
 from apart_hf.batchnorm.normalised import Gradients, Normalisation, Normalised, Statistics, is_real, is_single_dtype
-from apart_hf.batchnorm.row_statistics import SHORTEST, row_statistics
+from apart_hf.batchnorm.row_statistics import has_long_rows, row_statistics
 
 
 def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
@@ -22,7 +22,7 @@ def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
     if has_runs(x, how.grouping):
         return _of_runs(x).forward(x, affine, how)
     if how.shifted and is_real(x) and is_single_dtype(x):
-        return _statistics_first(x, affine, how)
+        return statistics_first(x, affine, how)
     return framework.forward(x, affine, how)
 
 
@@ -41,13 +41,14 @@ def _of_runs(x: Tensor) -> ModuleType:
     return runs_of_samples if is_real(x) else composed
 
 
-def _statistics_first(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
-    """Compute a forward whose shift is part of the bias, rather than a pass over the output."""
+def statistics_first(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
+    """Compute as `kernels.forward` does, with a shift that is part of the bias, rather than a pass over the output."""
     folded = fold_groups(x, how.grouping)
-    if folded.is_contiguous() and folded[0, 0].numel() >= SHORTEST:
+    if has_long_rows(folded):
         mu, var = row_statistics(folded)
     else:
         mu, var = torch.batch_norm_update_stats(folded, None, None, 0.0)
+    how.track(mu, var, 1 / (1 - mu.numel() / x.numel()))
     statistics = Statistics.of(mu, var, how.eps)
     bias = torch.addcmul(affine.bias, affine.shift, statistics.mu_over_sigma())
     out, _, _ = torch.native_batch_norm(folded, affine.weight, bias, mu, var, False, 0.0, how.eps)

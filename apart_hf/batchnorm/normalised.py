@@ -33,6 +33,17 @@ class Normalisation(NamedTuple):
     sync: ProcessGroup | None = None
     shifted: bool = True
 
+    def track(self, mu: Tensor, var: Tensor, unbias: Tensor | float) -> None:
+        """Update the buffers, where there are any.
+
+        Args:
+            mu, var: of the batch, (C,) each; the variance is biased.
+            unbias: m / (m - 1) for m values of a channel.
+        """
+        if self.buffers is not None:
+            for buffer, value in zip(self.buffers, (mu, var * unbias)):
+                buffer.lerp_(value.to(buffer.dtype), self.momentum)
+
 
 class Statistics(NamedTuple):
     """Holds what a batch was normalised by; (groups * C,) each, group after group.

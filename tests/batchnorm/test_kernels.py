@@ -6,6 +6,9 @@ import torch
 from apart_hf.batchnorm import cpu_kernels, device_kernels, use_kernels
 from apart_hf.batchnorm.functional import perturbed_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
+from apart_hf.utils.operation_counts import OperationCounts
+from tests.support.helpers import batch, build
+from tests.support.oracle import check
 
 SHAPES = {
     "nchw": (8, 3, 5, 4),
@@ -35,7 +38,7 @@ def naive(x, gamma, beta, delta_mu, delta_sigma, eps, groups, rows, blocks):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("kernels", ["cpu", "compiled", "device", "composed"])
+@pytest.mark.parametrize("kernels", ["cpu", "rows", "compiled", "device", "composed"])
 @pytest.mark.parametrize("blocks", [False, True], ids=["interleaved", "blocks"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", SHAPES)
@@ -59,7 +62,7 @@ def test_agrees_with_the_naive_formula(layout, groups, blocks, kernels, dtype, t
     (want * weights).sum().backward()
 
     got_in = [v.to(dtype).requires_grad_() for v in values]
-    with use_kernels("cpu" if kernels in ("cpu", "compiled") else "device"):
+    with use_kernels({"compiled": "cpu", "composed": "device"}.get(kernels, kernels)):
         got = perturbed_batch_norm(*got_in, eps=1e-3, grouping=Grouping(groups, rows, blocks))
         (got * weights.to(dtype)).sum().backward()
     assert got.stride() == want.stride() and got.dtype == dtype
@@ -78,3 +81,34 @@ def test_large_means_keep_their_digits():
     want = torch.cat([torch.nn.functional.batch_norm(part, None, None, training=True) for part in x.chunk(2)])
     got = perturbed_batch_norm(x, ones, zeros, zeros, zeros, eps=1e-5, grouping=Grouping(2, blocks=True))
     assert (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 7, 5), (8, 3, 40), (6, 3, 3, 4, 3), (8, 3, 5, 4), (8, 3)])
+def test_running_statistics_of_rows_differ_by_rounding_and_others_do_not(shape):
+    """In float64: those of "rows" from the definition, all others are bit for bit `F.batch_norm`'s."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 30
+    gamma, beta = (torch.randn(3, generator=g, dtype=torch.float64) for _ in range(2))
+    zeros, before = torch.zeros(3, dtype=torch.float64), torch.rand(2, 3, generator=g, dtype=torch.float64)
+    plain = before.clone()
+    want = torch.nn.functional.batch_norm(x, *plain, gamma, beta, training=True, momentum=0.3, eps=1e-3)
+    per_channel = x.transpose(0, 1).flatten(1)
+    defined = torch.stack([per_channel.mean(1), per_channel.var(1)]) * 0.3 + before * 0.7
+    found = {}
+    for kernels in ("auto", "cpu", "rows"):
+        found[kernels] = before.clone()
+        with use_kernels(kernels), OperationCounts(torch.nn.Identity()) as counts:
+            got = perturbed_batch_norm(
+                x, gamma, beta, zeros, zeros, eps=1e-3, buffers=tuple(found[kernels]), momentum=0.3, shifted=False
+            )
+        assert (got - want).abs().max() <= 1e-10 * want.abs().max()
+        is_long = len(shape) > 2 and x[0, 0].numel() >= 32
+        assert bool(counts.operations["linalg_vector_norm"]) == (kernels == "rows" and is_long)
+    assert torch.equal(found["auto"], plain) and torch.equal(found["cpu"], plain)
+    assert (found["rows"] - defined).abs().max() <= 1e-10 * defined.abs().max()
+    assert (found["rows"] - plain).abs().max() <= 1e-13 * plain.abs().max()
+
+
+def test_a_step_by_rows_is_that_of_the_oracle():
+    with use_kernels("rows"):
+        check(build("test_resnet"), *batch(8), "apart", {"groups": 2, "epsilon": 0.1})

@@ -77,7 +77,7 @@ def test_layers_share_what_is_per_channel():
 
 
 def test_there_is_no_other_set():
-    with pytest.raises(ValueError, match="no set of kernels 'gpu'; choose from auto, cpu, device"):
+    with pytest.raises(ValueError, match="no set of kernels 'gpu'; choose from auto, cpu, rows, device"):
         use_kernels("gpu")
 
 
