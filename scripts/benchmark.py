@@ -8,7 +8,8 @@
 A step is accumulate_gradients, an SGD step and zero_grad on random images. Ratios are taken within each round, to the
 first method named, so that a machine that slows down slows all of them; the spread is the interquartile range of a
 step's time. --count adds the operations that one accumulate_gradients dispatches, views aside, and how many of them
-copy activations. --profile adds where the time of the second method named goes that two steps of the first would not
+copy activations. --bytes counts, in the place of times, what each operation of a whole step of two methods reads and
+writes. --profile adds where the time of the second method named goes that two steps of the first would not
 take. --render writes anew the tables of a document that come from files of --json.
 """
 
@@ -23,7 +24,7 @@ import torch
 
 from apart_hf.batchnorm.kernels import KernelSet
 from apart_hf.errors import ApartError
-from apart_hf.paper import cost_tables
+from apart_hf.paper import cost_tables, step_bytes
 from apart_hf.paper.step_costs import StepCase, make_contenders, measure
 from apart_hf.paper.step_kinds import profile
 from apart_hf.strategies.methods import list_strategies
@@ -62,12 +63,14 @@ def parse(prog: str) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--torchcompile", action="store_true")
+    parser.add_argument("--cuda-graph", action="store_true", help="record a step once, and replay it (GPUs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--kernels", choices=get_args(KernelSet), default="auto", help="of batch norm; auto: those of the device"
     )
     parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads [torch's own choice]")
     parser.add_argument("--count", action="store_true", help="count operations and copies of activations")
+    parser.add_argument("--bytes", action="store_true", help="only count what operations read and write in a step")
     parser.add_argument("--profile", type=at_least(1), metavar="STEPS", help="steps of each under torch.profiler")
     parser.add_argument("--no-mallopt", action="store_true", help="leave the thresholds of glibc's allocator")
     parser.add_argument(
@@ -86,7 +89,7 @@ def cases(args: argparse.Namespace) -> list[StepCase]:
                 f"--{flag} has {len(values)} values for {len(models)} models; give one, or one for each model."
             )
         columns.append(values * len(models) if len(values) == 1 else values)
-    names = ("num_classes", "channels_last", "amp_dtype", "torchcompile", "device", "kernels")
+    names = ("num_classes", "channels_last", "amp_dtype", "torchcompile", "cuda_graph", "device", "kernels")
     return [StepCase(*values, **{name: getattr(args, name) for name in names}) for values in zip(models, *columns)]
 
 
@@ -101,12 +104,21 @@ def main(prog: str) -> None:
     if args.profile and len(args.methods) < 2:
         raise ApartError("--profile compares two methods; name two with --methods.")
     wanted = cases(args)
-    file = cost_tables.default_file(wanted, ROOT / "results") if args.json == Path() else args.json
+    if args.bytes and (len(args.methods) != 2 or len(wanted) != 1):
+        raise ApartError("--bytes compares two methods on one model; name two with --methods, and one with --model.")
+    kind = "bytes" if args.bytes else "cost"
+    file = cost_tables.default_file(wanted, ROOT / "results", kind) if args.json == Path() else args.json
     if file is not None:
         cost_tables.check_file(file)
     keeps_memory = not args.no_mallopt and keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.bytes:
+        counted = step_bytes.count_bytes(make_contenders(wanted[0], args.methods))
+        print(step_bytes.table(counted))
+        if file is not None:
+            cost_tables.write(file, counted)
+        return
     rows, profiles = [], []
     for case in wanted:
         contenders = make_contenders(case, args.methods)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from apart_hf.errors import ApartError
+from apart_hf.paper import step_bytes
 from apart_hf.paper.step_costs import StepCase
 from apart_hf.utils.environment import device_name, git_commit, versions
 from apart_hf.utils.files import write_whole
 
-_MARKED = re.compile(r"(<!-- costs: (\S+) -->\n).*?(<!-- end of costs -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (costs|bytes): (\S+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
 def record(cases: Sequence[StepCase], rows: Sequence[Sequence[Mapping[str, Any]]], **more: Any) -> dict[str, Any]:
@@ -29,13 +30,14 @@ def record(cases: Sequence[StepCase], rows: Sequence[Sequence[Mapping[str, Any]]
     return {"machine": device_name(), "versions": versions(), "commit": git_commit(), **more, "tables": tables}
 
 
-def default_file(cases: Sequence[StepCase], folder: Path = Path("results")) -> Path:
-    """Name the file of costs by what they are of: cost-MODEL-...-LAYOUT-DTYPE-DEVICE.json."""
+def default_file(cases: Sequence[StepCase], folder: Path = Path("results"), kind: str = "cost") -> Path:
+    """Name the file of costs, or of another `kind`, by what they are of: cost-MODEL-...-LAYOUT-DTYPE-DEVICE.json."""
     first = cases[0]
     parts = [*dict.fromkeys(case.model for case in cases), "channels_last" if first.channels_last else "nchw"]
-    parts += [first.amp_dtype, *(["compiled"] if first.torchcompile else []), first.device]
+    parts += [first.amp_dtype, *(["compiled"] if first.torchcompile else [])]
+    parts += [*(["graph"] if first.cuda_graph else []), first.device]
     parts += [] if first.kernels == "auto" else [f"kernels_of_{first.kernels}"]
-    return folder / f"cost-{re.sub(r'[^A-Za-z0-9._-]+', '_', '-'.join(parts))}.json"
+    return folder / f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', '-'.join(parts))}.json"
 
 
 def check_file(file: Path) -> None:
@@ -69,7 +71,7 @@ def table(costs: Mapping[str, Any]) -> str:
     how = [
         first["amp_dtype"],
         "channels_last" if first["channels_last"] else "NCHW",
-        "compiled" if first["torchcompile"] else "eager",
+        "compiled" if first["torchcompile"] else "one graph a step" if first.get("cuda_graph") else "eager",
         f"{first['device']} ({costs['machine']})",
         *([] if first.get("kernels", "auto") == "auto" else [f"kernels of {first['kernels']}"]),
         f"{costs['threads']} thread{'s' if costs['threads'] > 1 else ''}",
@@ -109,7 +111,8 @@ def with_tables(document: str, root: Path) -> str:
     """Return a document with the tables of the files that it names.
 
     Args:
-        document: Markdown with parts between `<!-- costs: FILE -->` and `<!-- end of costs -->`.
+        document: Markdown with parts between `<!-- costs: FILE -->` and `<!-- end of costs -->`, or `bytes` in their
+            places.
         root: folder that files are named from.
 
     Raises:
@@ -117,10 +120,10 @@ def with_tables(document: str, root: Path) -> str:
     """
 
     def rendered(part: re.Match[str]) -> str:
-        file = root / part[2]
+        file, render = root / part[3], table if part[2] == "costs" else step_bytes.table
         try:
             costs = json.loads(file.read_text())
-            return f"{part[1]}{table(costs)}{part[3]}"
+            return f"{part[1]}{render(costs)}{part[4]}"
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ApartError(f"{file}: cannot be read as costs ({reason}); measure it again, by --json.") from error

@@ -5,19 +5,21 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apart_hf.batchnorm import use_kernels
 from apart_hf.batchnorm.kernels import KernelSet
 from apart_hf.errors import ApartError, first_line, unknown_name
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
+from apart_hf.training.cuda_graph import CudaRecorder, Recorder, recorded
+from apart_hf.training.on_device import UpdateOnDevice
 from apart_hf.utils.operation_counts import OperationCounts
 
 WARM_UP = 2  # rounds that do not count
@@ -37,6 +39,7 @@ class StepCase:
         channels_last: the memory format of images and weights; False: NCHW.
         amp_dtype: arithmetic of the forwards.
         torchcompile: compile the model.
+        cuda_graph: record a step, and replay it.
         device: as torch names it.
         kernels: the set of batch-norm kernels; "auto" is that of the device.
     """
@@ -49,6 +52,7 @@ class StepCase:
     channels_last: bool = False
     amp_dtype: AmpDtype = "float32"
     torchcompile: bool = False
+    cuda_graph: bool = False
     device: str = "cpu"
     kernels: KernelSet = "auto"
 
@@ -90,6 +94,10 @@ class Contender:
         self.strategy.second_pass_size(case.batch_size)  # raises where the batch does not fit
         self.seconds: list[float] = []
         self.faults: list[int] = []
+        self._replay: Callable[[], Any] | None = None
+        if case.cuda_graph:
+            self._check_graph()
+            self._replay = self._recorded(CudaRecorder(self.device))
 
     def _strategy(self, model: Any) -> Any:
         dtype = getattr(torch, self.case.amp_dtype)
@@ -106,9 +114,31 @@ class Contender:
 
     def step(self) -> None:
         """Make a whole step."""
+        if self._replay is not None:
+            self._replay()
+            return
         self.gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _check_graph(self) -> None:
+        if self.device.type != "cuda" or self.case.torchcompile:
+            found = "--torchcompile" if self.case.torchcompile else f"--device {self.case.device}"
+            raise ApartError(f"--cuda-graph needs a GPU and a model that is not compiled, not {found}; leave one out.")
+
+    def _recorded(self, recorder: Recorder) -> Callable[[], Any]:
+        """Record a step, after some that warm up."""
+        update = UpdateOnDevice(self.optimizer)
+        update.refresh()
+
+        def step() -> tuple[Tensor, ...]:
+            self.gradients()
+            with update.within():
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            return ()
+
+        return recorded(recorder, step)
 
     def timed_step(self) -> None:
         """Make a step and note its time and page faults."""

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+WARM_UP = 3  # calls before one is recorded, in which libraries choose their kernels and memory is found
 Outcome = TypeVar("Outcome", bound=tuple[Tensor | None, ...])
 
 
@@ -25,6 +26,13 @@ class Recorder(Protocol):
         Raises:
             RuntimeError: where the function asks for a number, or does something else that cannot be recorded.
         """
+
+
+def recorded(recorder: Recorder, call: Callable[[], Outcome]) -> Callable[[], Outcome]:
+    """Record a function after the calls that it takes to warm up."""
+    for _ in range(WARM_UP):
+        recorder.run(call)
+    return recorder.record(call)
 
 
 class CudaRecorder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apart_hf.errors import first_line
-from apart_hf.training.cuda_graph import CudaRecorder, Recorder
+from apart_hf.training.cuda_graph import WARM_UP, CudaRecorder, Recorder
 from apart_hf.training.graph_obstacles import obstacles
 from apart_hf.training.on_device import AverageOnDevice, UpdateOnDevice, unwrapped
 from apart_hf.training.step import Step
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from apart_hf.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
-WARM_UP = 3  # steps of a kind before one is recorded, in which libraries choose their kernels and memory is found
 
 
 class Outcome(NamedTuple):

@@ -1,11 +1,14 @@
 """Training steps as CUDA graphs, and that a step waits for no number; what the CPU can show is in tests/training."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 
+from apart_hf.paper.step_costs import Contender, StepCase
+from apart_hf.training.cuda_graph import WARM_UP
 from tests.support.helpers import assert_same, batch, build
 from tests.support.trainers import SIZE, trainer
 
@@ -71,6 +74,19 @@ def test_each_replay_draws_anew(method, hyper):
         one.train_step(*part)
         losses.append(one.strategy.perturbed_loss.item())
     assert len(one.graphs._graphs) == 1 and len(set(losses[4:])) > 4
+
+
+def test_a_step_of_the_benchmark_is_replayed():
+    """In float32, and so only nearly the same."""
+    case = StepCase("test_resnet", 8, 32, 2, num_classes=5, device="cuda")
+    plain, other = (Contender(replace(case, cuda_graph=is_recorded), "apart") for is_recorded in (False, True))
+    for _ in range(WARM_UP):
+        plain.step()
+    for _ in range(3):
+        plain.step()
+        other.step()
+    want = {name: p.detach().cpu() for name, p in plain.model.named_parameters()}
+    assert_same({name: p.detach().cpu() for name, p in other.model.named_parameters()}, want, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

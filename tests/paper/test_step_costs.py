@@ -12,7 +12,9 @@ import torch
 from apart_hf import ApartError, list_strategies
 from apart_hf.paper import cost_tables
 from apart_hf.paper.step_costs import Contender, StepCase, make_contenders, measure
-from tests.support.helpers import ROOT
+from apart_hf.training.cuda_graph import WARM_UP
+from tests.support.helpers import ROOT, assert_same
+from tests.support.recorded import RecordedOperations
 
 SMALL = StepCase("test_resnet", 8, 32, 2, num_classes=5)
 FLAGS = ["--model", "test_resnet", "--batch-size", "8", "--img-size", "32", "--groups", "2", "--repeats", "2"]
@@ -85,6 +87,8 @@ def test_the_batch_is_in_the_layout_of_the_weights():
         (["--repeats", "0"], "argument --repeats: 0: must be from 1"),
         (["--device", "quantum"], "--device quantum: cannot be used"),
         (["--profile", "1", "--methods", "apart"], "--profile compares two methods"),
+        (["--bytes", "--methods", "apart"], "--bytes compares two methods on one model"),
+        (["--cuda-graph"], "--cuda-graph needs a GPU and a model that is not compiled, not --device cpu"),
         (["--json", "/proc/none/x.json"], "--json /proc/none/x.json: cannot be written"),
         (["--render", "/nowhere.md"], "--render /nowhere.md:"),
     ],
@@ -95,6 +99,19 @@ def test_bad_input_ends_in_one_line(flags, message, monkeypatch, capsys):
         run_script(monkeypatch, *own, *flags)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and message in error, error
+
+
+def test_a_recorded_step_is_a_step():
+    """But for the fused update, which rounds otherwise; what replays it on a GPU is in tests/gpu."""
+    plain, other = (Contender(SMALL, "apart") for _ in range(2))
+    other._replay = other._recorded(RecordedOperations())
+    for _ in range(WARM_UP):
+        plain.step()
+    for _ in range(2):
+        plain.step()
+        other.step()
+    want = {name: p.detach() for name, p in plain.model.named_parameters()}
+    assert_same({name: p.detach() for name, p in other.model.named_parameters()}, want, tolerance=1e-4)
 
 
 def test_several_models_in_one_table_and_a_file(tmp_path, monkeypatch, capsys):
@@ -124,6 +141,8 @@ def test_the_file_is_named_by_what_it_is_of(tmp_path):
     other = StepCase("hf_hub:me/mine", channels_last=True, amp_dtype="bfloat16", torchcompile=True, device="cuda:0")
     name = cost_tables.default_file([other], tmp_path)
     assert name == tmp_path / "cost-hf_hub_me_mine-channels_last-bfloat16-compiled-cuda_0.json"
+    name = cost_tables.default_file([StepCase("resnet18", cuda_graph=True)], tmp_path, "bytes")
+    assert name == tmp_path / "bytes-resnet18-nchw-float32-graph-cpu.json"
 
 
 ROW = {"method": "standard", "ms_per_step": 1234.4, "spread": 1.25, "images_per_second": 103.7, "ratio_min": 1.0}
@@ -186,7 +205,7 @@ def test_a_document_is_rendered_anew(tmp_path, monkeypatch, capsys):
 
 def test_documents_have_the_tables_of_their_files():
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    marked = [path for path in documents if "<!-- costs: " in path.read_text()]
+    marked = [path for path in documents if "<!-- end of " in path.read_text()]
     assert ROOT / "docs/COST.md" in marked
     for path in marked:
         text = path.read_text()

@@ -19,10 +19,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from apart_hf.batchnorm import use_kernels
+from apart_hf.training.cuda_graph import WARM_UP
 from apart_hf.training.graph_obstacles import obstacles
 from apart_hf.training.nonfinite import NonFinite
 from apart_hf.training.step_figures import StepFigures
-from apart_hf.training.step_graph import WARM_UP, StepGraphs
+from apart_hf.training.step_graph import StepGraphs
 from tests.support.helpers import assert_same, batch, build
 from tests.support.recorded import RecordedOperations
 from tests.support.trainers import batches, trainer

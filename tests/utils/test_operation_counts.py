@@ -126,3 +126,38 @@ def test_hooks_go_where_a_step_fails():
 def test_the_example_runs():
     found = doctest.testmod(operation_counts)
     assert found.attempted >= 4 and found.failed == 0
+
+
+TRAFFIC = {  # of 10 x 10 float32 values, what is read and written
+    "in place": (lambda a: a.add_(1.0), 400, 400),
+    "two operands": (lambda a: a * a, 800, 400),
+    "overwritten": (lambda a: a.copy_(a.clone()), 800, 800),
+    "zeros": (lambda a: a.zero_(), 0, 400),
+    "into another": (lambda a: torch.add(a, 1.0, out=torch.empty_like(a)), 400, 400),
+    "lists": (lambda a: torch._foreach_add_([a, a[:1]], 1.0), 440, 440),
+    "a repeated vector": (lambda a: a + a[0].expand(10, 10), 440, 400),
+    "a view and memory": (lambda a: torch.empty_like(a.t()), 0, 0),
+    "another dtype": (lambda a: a.to(torch.bfloat16), 400, 200),
+    "a part": (lambda a: a[:, 1:3].sum(), 80, 4),
+}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_what_operations_read_and_write(case):
+    call, read, written = TRAFFIC[case]
+    found = count_operations(nn.Identity(), lambda: call(torch.ones(10, 10).requires_grad_(False)))
+    del found.written["ones"]
+    assert (found.read.total(), found.written.total()) == (read, written)
+
+
+def test_what_a_forward_and_a_backward_read_and_write():
+    found = count_operations(model := Plain(), step(model))
+    maps, images, weight = 4 * 6 * 4 * 5 * 5, 4 * 6 * 3 * 7 * 7, 4 * 4 * 3 * 3 * 3
+    assert found.read["convolution"] == images + weight and found.written["convolution"] == maps
+    assert found.read["convolution_backward"] == maps + images + weight
+    assert found.written["convolution_backward"] == weight  # images have no gradient
+    assert found.read["relu"] == found.written["relu"] == maps
+    assert found.read["threshold_backward"] == 2 * maps and found.written["threshold_backward"] == maps
+    vectors = 4 * 4
+    assert found.read["native_batch_norm"] == maps + 4 * vectors  # gamma, beta, running statistics
+    assert found.written["native_batch_norm"] == maps + 2 * vectors
