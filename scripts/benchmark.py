@@ -8,9 +8,9 @@
 A step is accumulate_gradients, an SGD step and zero_grad on random images. Ratios are taken within each round, to the
 first method named, so that a machine that slows down slows all of them; the spread is the interquartile range of a
 step's time. --count adds the operations that one accumulate_gradients dispatches, views aside, and how many of them
-copy activations. --bytes counts, in the place of times, what each operation of a whole step of two methods reads and
-writes. --profile adds where the time of the second method named goes that two steps of the first would not
-take. --render writes anew the tables of a document that come from files of --json.
+copy activations. --profile adds where the time of the second method named goes that two steps of the first would not
+take. --bytes counts, in the place of all that, what each operation of a step of two methods reads and writes, and with
+--profile takes its time. --render writes anew the tables of a document that come from files of --json.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main(prog: str) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.bytes:
-        counted = step_bytes.count_bytes(make_contenders(wanted[0], args.methods))
+        counted = step_bytes.count_bytes(make_contenders(wanted[0], args.methods), args.profile)
         print(step_bytes.table(counted))
         if file is not None:
             cost_tables.write(file, counted)

@@ -142,14 +142,15 @@ class Contender:
 
     def timed_step(self) -> None:
         """Make a step and note its time and page faults."""
-        self._synchronise()
+        self.synchronise()
         faults, start = _faults(), time.perf_counter()
         self.step()
-        self._synchronise()
+        self.synchronise()
         self.seconds.append(time.perf_counter() - start)
         self.faults.append(_faults() - faults)
 
-    def _synchronise(self) -> None:
+    def synchronise(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -54,6 +54,21 @@ def test_a_table_is_rendered():
     assert step_bytes.table(COUNTED) == TABLE
 
 
+def test_times_stand_beside_the_bytes():
+    counted = COUNTED | {"ms": {"relu": [1, 2], "convolution": [10, 20.25], "add": [0.5, 0.5], "sum": [0, 0.125]}}
+    text = step_bytes.table(counted)
+    assert "\n| convolution | 40 | 1,024.0 | 512.0 | 10.00 | 80 | 2,048.0 | 1,024.0 | 20.25 |\n" in text
+    assert "\n| all | 43 | 1,027.2 | 515.0 | 11.50 | 1,585 | 2,054.5 | 1,030.5 | 22.88 |\n" in text
+
+
+def test_times_are_of_the_operations_that_are_counted():
+    counted = step_bytes.count_bytes(make_contenders(SMALL, ["standard", "apart"]), steps=2)
+    assert counted["ms"].keys() == counted["operations"].keys()
+    for name in ("convolution", "convolution_backward", "native_batch_norm", "threshold_backward", "add_"):
+        plain, apart = counted["ms"][name]
+        assert plain > 0 and apart > 0, name
+
+
 def test_a_document_has_both_kinds(tmp_path):
     (tmp_path / "bytes.json").write_text(json.dumps(COUNTED))
     document = "<!-- bytes: bytes.json -->\n{}<!-- end of bytes -->\n"
