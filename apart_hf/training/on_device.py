@@ -60,7 +60,10 @@ class UpdateOnDevice:
         before = [dict(group) for group in self.optimizer.param_groups]
         try:
             for group, rate in zip(self.optimizer.param_groups, self._rates):
-                group.update(_options(self.optimizer, group), lr=rate)
+                options = _options(self.optimizer, group)
+                group.update(options, lr=rate)
+                if not options["foreach"]:
+                    _align(self.optimizer, group["params"])
             yield
         finally:
             for group, options in zip(self.optimizer.param_groups, before):
@@ -72,6 +75,27 @@ def _options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[st
     if isinstance(optimizer, torch.optim.SGD):
         return {"fused": True, "foreach": False}
     return {"capturable": True, "foreach": not group.get("fused")}
+
+
+def _align(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Give gradients and what the optimizer keeps the strides of their parameters.
+
+    The fused kernels of GPUs refuse others, also where they differ in a dimension of size 1 alone, as those of
+    depthwise and 1x1 convolutions may in channels_last.
+    """
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = _strided(p.grad, p)
+        kept = optimizer.state.get(p, {})
+        kept.update({key: _strided(v, p) for key, v in kept.items() if isinstance(v, Tensor) and v.shape == p.shape})
+
+
+def _strided(values: Tensor, like: Tensor) -> Tensor:
+    if values.stride() == like.stride():
+        return values
+    if all(a == b for a, b, size in zip(values.stride(), like.stride(), like.shape) if size > 1):
+        return values.as_strided(like.shape, like.stride())
+    return torch.empty_strided(like.shape, like.stride(), dtype=values.dtype, device=values.device).copy_(values)
 
 
 class AverageOnDevice:
