@@ -17,6 +17,7 @@ from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
 from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
+from apart_hf.strategies.passes import applied, ascending, further_passes, shown
 from apart_hf.strategies.perturbation import draw_device, processes
 from apart_hf.strategies.sample_count import count_samples, rows_of
 from apart_hf.strategies.samples import can_be_sorted, check_rows, select_samples
@@ -157,7 +158,7 @@ class Algorithm(StrategyState):
             for perturbation in self.perturbations:
                 observed.enter_context(perturbation.observed(plan.samples))
             clean = backward if keeps else silent_for_others(backward, self._own_tensors())
-            result = self.one_pass(batch, loss_fn, clean, clean_weight)
+            result = self.one_pass(shown(self.perturbations, batch), loss_fn, clean, clean_weight)
             for perturbation in self.perturbations:
                 perturbation.ascend(self.generator)
             if not keeps:
@@ -189,11 +190,12 @@ class Algorithm(StrategyState):
         sorts = chosen is not None or can_be_sorted(batch, plan.samples)
         for attempt in plan.attempts:
             try:
-                with changed(self.perturbations, attempt), self._sorting(sorts), ExitStack() as applied:
+                with changed(self.perturbations, attempt), self._sorting(sorts):
                     part = self._part(batch, chosen, plan)
-                    for perturbation in sorted(self.perturbations, key=lambda p: p.applied_last):
-                        applied.enter_context(perturbation.applied(plan.size))
-                    self.perturbed_loss, _ = self.one_pass(part, loss_fn, backward, weight)
+                    self._climb(part, loss_fn, backward, plan.size)
+                    with applied(self.perturbations, plan.size):
+                        seen = shown(self.perturbations, part)
+                        self.perturbed_loss, _ = self.one_pass(seen, loss_fn, backward, weight)
             except TooFewValues as error:
                 if self.uneven == "error" or (self.uneven == "fit" and attempt is plan.attempts[-1]):
                     raise
@@ -205,6 +207,17 @@ class Algorithm(StrategyState):
                 self._notice.fitted(plan, attempt, self.ratio * plan.samples)
                 return
         self.one_pass(batch, loss_fn, backward, weight)
+
+    def _climb(self, part: Any, loss_fn: LossFunction, backward: Backward, size: int) -> None:
+        """Make the further ascents of perturbations that have any, each from the point that all have reached."""
+        further = [further_passes(p) for p in self.perturbations]
+        for done in range(max(further)):
+            climbing = [p for p, passes in zip(self.perturbations, further) if done < passes]
+            with ascending(self.model, self.perturbations, size, climbing):
+                silent = silent_for_others(backward, self._own_tensors())
+                self.one_pass(shown(self.perturbations, part), loss_fn, silent)
+                for perturbation in climbing:
+                    perturbation.ascend(self.generator)
 
     def _sorting(self, sorts: bool) -> AbstractContextManager[None]:
         """Let perturbations put samples in an order of theirs within the block, or not."""
@@ -219,4 +232,6 @@ class Algorithm(StrategyState):
             order = perturbation.order(plan.size)
             if order is not None:
                 chosen = order if chosen is None else chosen[order]
+        for perturbation in self.perturbations:
+            perturbation.select(chosen)
         return batch if chosen is None else select_samples(batch, chosen, plan.samples)

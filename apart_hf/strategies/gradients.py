@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +28,35 @@ def isolated_gradients(model: nn.Module) -> Iterator[None]:
                 p.grad = before
             else:
                 p.grad.add_(before)
+
+
+@contextmanager
+def gradients_aside(model: nn.Module) -> Iterator[None]:
+    """Let p.grad start from nothing within the block; at its end it is what it was before, views included."""
+    before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    for _, gradient, _ in before:
+        if gradient is not None:
+            gradient.zero_()
+    try:
+        yield
+    finally:
+        for p, gradient, value in before:
+            if gradient is not None and value is not None:
+                gradient.copy_(value)
+            p.grad = gradient
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters get no gradient within the block: none is computed, and DDP awaits none."""
+    trained = [p for p in parameters if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:

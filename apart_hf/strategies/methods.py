@@ -63,22 +63,28 @@ class Method:
         found |= self.defaults
         return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
 
-    def passes(self, ratio: float = 1.0, every: int = 1) -> float:
+    def passes(self, ratio: float | None = None, every: int = 1, **hyper: Any) -> float:
         """Tell the mean cost of a step, in passes (forward and backward) over the batch.
 
         Args:
-            ratio: N/M, the share of the batch in the second pass.
+            ratio: N/M, the share of the batch in the second pass; None: the method's own.
             every: how many steps there are to one with a second pass.
+            **hyper: further hyper-parameters, where they are not the method's own.
 
         Returns:
-            1 for a plain step, 1 + ratio / every where there is a second pass.
+            1 for a plain step, 1 + ratio (1 + K) / every where there is a second pass, with K passes of the ascent
+            before it (`Perturbation.further_passes`).
 
         Example:
             >>> from apart_hf import METHODS
             >>> METHODS["standard"].passes(), METHODS["apart"].passes(), METHODS["apart"].passes(every=4)
             (1.0, 2.0, 1.25)
         """
-        return 1 + ratio / every if self.perturbations else 1.0
+        if not self.perturbations:
+            return 1.0
+        hyper = self.hyper_parameters() | hyper
+        further = max(p.further_passes(**{key: hyper[key] for key in p.defaults}) for p in self.perturbations)
+        return 1 + (hyper.get("ratio", 1.0) if ratio is None else ratio) * (1 + further) / every
 
 
 METHODS: dict[str, Method] = {

@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
-from apart_hf.strategies.scalars import python_number
+from apart_hf.strategies.machine import draw_device as draw_device
+from apart_hf.strategies.machine import processes as processes
+from apart_hf.strategies.scalars import checked_option as checked_option
+from apart_hf.strategies.scalars import checked_radius as checked_radius
 
 
 class Perturbation:
@@ -22,8 +24,14 @@ class Perturbation:
         with perturbation.observed(samples):     # the clean pass: collect the gradient to climb
             ...forward, backward...
         perturbation.ascend(generator)           # move against the defender
+        for _ in range(further_passes):          # none, unless it ascends in several steps
+            with perturbation.climbing(samples): # collect the gradient where it stands
+                ...forward, backward...
+            perturbation.ascend(generator)
         with perturbation.applied(samples):      # the perturbed pass; undone at the end, also by an exception
             ...forward, backward...
+
+    In each of these passes the model is given `shown(batch)`.
 
     Args:
         model: the network, possibly wrapped.
@@ -75,6 +83,24 @@ class Perturbation:
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model
 
+    @classmethod
+    def further_passes(cls, steps: int = 1, **hyper: Any) -> int:
+        """Count the passes of the ascent between the clean and the perturbed one, over the samples of the latter.
+
+        Args:
+            steps: the hyper-parameter of that name, if there is one: how often `ascend` is called.
+            **hyper: the other hyper-parameters.
+
+        Returns:
+            steps - 1: the gradient of the clean pass is the first to climb.
+
+        Example:
+            >>> from apart_hf import Perturbation
+            >>> Perturbation.further_passes(), Perturbation.further_passes(steps=5)
+            (0, 4)
+        """
+        return steps - 1
+
     def check(self, samples: int) -> None:
         """Refuse a perturbed pass that is impossible; the base class takes any.
 
@@ -87,8 +113,7 @@ class Perturbation:
         Example:
             >>> import timm
             >>> from apart_hf import ApartError, create_strategy
-            >>> model = timm.create_model("test_resnet")
-            >>> (statistics,) = create_strategy("apart", model, groups=4).perturbations
+            >>> (statistics,) = create_strategy("apart", timm.create_model("test_resnet"), groups=4).perturbations
             >>> try:
             ...     statistics.check(samples=10)
             ... except ApartError as error:
@@ -136,8 +161,22 @@ class Perturbation:
         """
         return nullcontext()
 
+    def shown(self, batch: Any) -> Any:
+        """Return what the model is given in the place of a batch, in the pass that is open: here the batch itself.
+
+        Args:
+            batch: of any kind; it is not to be changed in place.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import Perturbation
+            >>> Perturbation(timm.create_model("test_resnet")).shown([1, 2])
+            [1, 2]
+        """
+        return batch
+
     def ascend(self, generator: torch.Generator | None = None) -> None:
-        """Set the perturbation from what the clean pass gave; the base class does nothing.
+        """Set the perturbation from what the latest pass gave; the base class does nothing.
 
         Args:
             generator: draws what is random; None: torch's global generator.
@@ -182,6 +221,37 @@ class Perturbation:
         """
         return None
 
+    def select(self, chosen: Tensor | None) -> None:
+        """Take note of the samples of all passes after the clean one; the base class has none of its own.
+
+        Args:
+            chosen: (N,) indices of samples of the batch, in the order of those passes; None: all, in theirs.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import Perturbation
+            >>> Perturbation(timm.create_model("test_resnet")).select(torch.tensor([3, 0]))
+        """
+
+    def climbing(self, samples: int) -> AbstractContextManager[None]:
+        """Open a pass of a further ascent: the perturbation is in place, and the gradient to climb is collected.
+
+        The model's parameters get no gradient, unless one that climbs `reads_weight_gradients`: those of this pass.
+
+        Args:
+            samples: N, the samples of that pass.
+
+        Returns:
+            A context around its forward and backward; the base class has that of `applied`.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import Perturbation
+            >>> with Perturbation(timm.create_model("test_resnet")).climbing(samples=8):
+            ...     pass  # forward, backward
+        """
+        return self.applied(samples)
+
     def applied(self, samples: int) -> AbstractContextManager[None]:
         """Open the perturbed pass; at its end, also by an exception, the model is what it was.
 
@@ -203,29 +273,3 @@ class Perturbation:
             False
         """
         return nullcontext()
-
-
-def checked_radius(name: str, value: Any, usual: str) -> float:
-    """Return `value`, or raise ApartError where it is no radius, which is a finite number >= 0."""
-    value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ApartError(f"{name}={value!r}: the radius must be a finite number >= 0 ({usual}).")
-    return value
-
-
-def draw_device(generator: torch.Generator | None, model: nn.Module) -> torch.device:
-    """Tell where random numbers are drawn: where the generator is, or where the model is, so that nothing waits."""
-    return next(model.parameters()).device if generator is None else generator.device
-
-
-def checked_option(name: str, value: Any) -> bool:
-    """Return `value`, or raise ApartError where it is neither True nor False."""
-    value = python_number(value)
-    if not isinstance(value, bool):
-        raise ApartError(f"{name}={value!r}: the option is True or False.")
-    return value
-
-
-def processes() -> int:
-    """Count the processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

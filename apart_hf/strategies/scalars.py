@@ -1,4 +1,4 @@
-"""Numbers of NumPy and torch, which schedules compute, as those of Python: messages and states have no others."""
+"""Numbers of NumPy and torch, which schedules compute, as those of Python, and hyper-parameters that are checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from apart_hf.errors import ApartError
 
 
 def python_number(value: Any) -> Any:
@@ -31,3 +33,19 @@ def python_number(value: Any) -> Any:
 def python_numbers(values: dict[str, Any]) -> dict[str, Any]:
     """Return a dict whose numbers are Python's, see `python_number`."""
     return {key: python_number(value) for key, value in values.items()}
+
+
+def checked_radius(name: str, value: Any, usual: str) -> float:
+    """Return `value`, or raise ApartError where it is no radius, which is a finite number >= 0."""
+    value = python_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ApartError(f"{name}={value!r}: the radius must be a finite number >= 0 ({usual}).")
+    return value
+
+
+def checked_option(name: str, value: Any) -> bool:
+    """Return `value`, or raise ApartError where it is neither True nor False."""
+    value = python_number(value)
+    if not isinstance(value, bool):
+        raise ApartError(f"{name}={value!r}: the option is True or False.")
+    return value

@@ -91,7 +91,7 @@ class StrategyState:
             >>> create_strategy("apart", model, ratio=0.5).passes, create_strategy("sam", model, every=4).passes
             (1.5, 1.25)
         """
-        return self.method.passes(self.ratio, self.every)
+        return self.method.passes(every=self.every, **self.hyper)
 
     def second_pass_size(self, samples: int) -> int:
         """Count the samples of the second pass, and check them against the needs of every perturbation.
