@@ -185,3 +185,111 @@ def reference_step(
 
 def _mean(rows):
     return [None if row[0] is None else sum(row) / len(row) for row in zip(*rows)]
+
+
+def reference_images_step(
+    model,
+    images,
+    targets,
+    criterion,
+    method,
+    *,
+    mean,
+    std,
+    pixel_epsilon=4.0,
+    pixel_step=1.0,
+    steps=5,
+    random_start=False,
+    aux_affine=False,
+    ratio=1.0,
+    epsilon=0.1,
+    groups=1,
+    generator=None,
+    auxiliary=None,
+):
+    """What `advprop` and `fast-advprop` give for one batch, and `apart-advprop`, which moves BN statistics as well.
+
+    AdvProp's Algorithm 1: adversarial images by PGD on the network with auxiliary BN, then both losses, weighted here
+    as Algorithm 1 of APART weights two gradients. The network with auxiliary BN is a second network, `double`, with
+    the same weights. Delta is kept in pixels of 0 to 255. `auxiliary`: the double's BN tensors by name; None: the
+    model's.
+
+    Returns: (gradients, buffers, auxiliary gradients, auxiliary BN tensors): dicts by name.
+    """
+    if method == "fast-advprop":
+        steps, random_start = 1, False
+    clean, double = copy.deepcopy(model), copy.deepcopy(model)
+    double.load_state_dict(auxiliary or {}, strict=False)
+    norms, doubles = _NaiveBatchNorms(clean), _NaiveBatchNorms(double)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    phi, psi = ([p for p in network.parameters() if p.requires_grad] for network in (clean, double))
+    layers = list(norms.layers)
+    zeros = [{n: phi[0].new_zeros(norms.layers[n].num_features).requires_grad_() for n in layers} for _ in range(2)]
+    M, N, n = len(images), round(ratio * len(images)), groups if method == "apart-advprop" else 1
+    mean, std = (torch.tensor(value, dtype=images.dtype).view(1, -1, 1, 1) for value in (mean, std))
+
+    def moved(x, d):
+        """Images whose pixels are moved by d."""
+        return (((x * std + mean) * 255 + d) / 255 - mean) / std
+
+    def clipped(x, d):
+        """The nearest move within the radius that leads no pixel, or no further, out of 0 to 255."""
+        pixels = (x * std + mean) * 255
+        d = d.clamp(-pixel_epsilon, pixel_epsilon)
+        return torch.minimum(torch.maximum(d, (0 - pixels).clamp(max=0)), (255 - pixels).clamp(min=0))
+
+    # the clean pass over all images, by the network's own BN
+    norms.set(*zeros)
+    x = images.clone().requires_grad_()
+    theta = [z for pair in zip(*(one.values() for one in zeros)) for z in pair]
+    grads = torch.autograd.grad(criterion(clean(x), targets), [*phi, *theta, x], allow_unused=True)
+    g_phi, g_theta, g_x = grads[: len(phi)], grads[len(phi) : -1], grads[-1]
+    g_theta = [torch.zeros_like(t) if g is None else g for t, g in zip(theta, g_theta)]
+    buffers = {name: b.clone() for name, b in clean.named_buffers()}
+
+    # the first step of each component, then the samples of all that follows
+    deltas = [torch.zeros_like(t) for t in theta]
+    if method == "apart-advprop":
+        pairs = (_sign_outside_dead_zone(*g_theta[i : i + 2]) for i in range(0, len(g_theta), 2))
+        deltas = [epsilon * sign for pair in pairs for sign in pair]
+    if random_start:
+        d = (2 * torch.rand(images.shape, generator=generator, dtype=images.dtype) - 1) * pixel_epsilon
+    else:
+        d, steps = pixel_step * g_x.sign(), steps - 1
+    d = clipped(images, d)
+    S = list(range(M)) if N == M else torch.randperm(M, generator=generator)[:N].tolist()
+    x, y, d = images[S], targets[S], d[S]
+
+    # further steps, at the point that all have reached
+    doubles.set(dict(zip(layers, deltas[::2])), dict(zip(layers, deltas[1::2])))
+    doubles.track = False
+    for _ in range(steps):
+        for j in range(n):
+            at = moved(x[j::n], d[j::n]).requires_grad_()
+            (g,) = torch.autograd.grad(criterion(double(at), y[j::n]), at)
+            d[j::n] = clipped(x[j::n], d[j::n] + pixel_step * g.sign())
+
+    # the perturbed pass
+    doubles.track = method != "apart-advprop"
+    h = [torch.zeros_like(p) for p in psi]
+    for j in range(n):
+        found = torch.autograd.grad(criterion(double(moved(x[j::n], d[j::n])), y[j::n]), psi, allow_unused=True)
+        h = [total if part is None else total + part / n for total, part in zip(h, found)]
+
+    clean_weight, weight = M / (M + N), N / (M + N)
+    if method == "fast-advprop":  # a sample that is seen twice counts half each time
+        clean_weight, weight = 1 - N / (2 * M), N / (2 * M)
+    own = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} if aux_affine else set()
+    gradients, auxiliary_gradients = {}, {}
+    for name, a, b in zip(names, g_phi, h):
+        a = torch.zeros_like(b) if a is None else a
+        whole = method == "fast-advprop"  # what one pass alone reaches has the mean over the samples of that pass
+        if name in own:
+            gradients[name] = a if whole else clean_weight * a
+            auxiliary_gradients[name] = b if whole else weight * b
+        else:
+            gradients[name] = clean_weight * a + weight * b
+    kinds = ("running_mean", "running_var", "num_batches_tracked", *(("weight", "bias") if aux_affine else ()))
+    state = double.state_dict()
+    held = {f"{layer}.{kind}" for layer in layers for kind in kinds}
+    return gradients, buffers, auxiliary_gradients, {name: state[name] for name in state if name in held}

@@ -67,6 +67,21 @@ def supported_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
+def check_present(model: nn.Module, layers: Mapping[str, _BatchNorm]) -> None:
+    """Refuse a model that has lost a BN layer which was found in it earlier.
+
+    Raises:
+        ApartError: where one was replaced.
+    """
+    there = set(model.modules())
+    for name, layer in layers.items():
+        if layer not in there:
+            raise ApartError(
+                f"BatchNorm layer {_shown(name)} was replaced after the strategy was made (by "
+                "convert_sync_batchnorm?); make the strategy once the model is as it is trained."
+            )
+
+
 def _shown(name: str) -> str:
     """Write a layer's name for a message, without the prefixes of DDP and torch.compile."""
     while name.startswith(("module.", "_orig_mod.")):

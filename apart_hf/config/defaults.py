@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apart_hf.config.model_arguments import channels_of
-from apart_hf.config.passes import budgeted, plain_epochs_of
+from apart_hf.config.passes import budgeted, passes_of, plain_epochs_of
 from apart_hf.config.train_config import HYPER_PARAMETERS, CompleteConfig, FilledConfig, TrainConfig
 from apart_hf.data import find_dataset
 from apart_hf.data.dataset_names import without_prefix
@@ -44,7 +44,7 @@ def fill_defaults(config: TrainConfig) -> FilledConfig:
     epochs, milestones = settings["epochs"], config.decay_milestones
     interval = config.decay_epochs
     if config.budget is not None:
-        passes = METHODS[config.method].passes(settings["ratio"] or 1.0, config.every)
+        passes = passes_of(config.method, settings)
         before = epochs
         epochs, milestones = budgeted(epochs, milestones, config.budget, passes, plain_epochs_of(config))
         if interval is not None and interval >= 1:  # below, it is a share

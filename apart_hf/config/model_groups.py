@@ -161,6 +161,28 @@ class MethodGroup:
         role="what",
     )
     eta: float | None = _method_setting(None, "asam: added to the weights' sizes [0.01]", role="what")
+    pixel_epsilon: float | None = _method_setting(
+        None,
+        "largest change of a pixel, in units of 1/255 [advprop: 4; fast-advprop: 1]",
+        role="what",
+        least=0,
+        most=255,
+        outside="the radius in units of 1/255 is in [0, 255]",
+    )
+    pixel_step: float | None = _method_setting(
+        None,
+        "change of a pixel in each step of the ascent, in units of 1/255 [1]",
+        role="what",
+        least=0,
+        most=255,
+        outside="the size of a step in units of 1/255 is in [0, 255]",
+    )
+    steps: int | None = _method_setting(
+        None,
+        "advprop: steps of the ascent in the images; each but the first takes a pass [advprop: 5; apart-advprop: 1]",
+        role="what",
+        least=1,
+    )
     every: int = _method_setting(
         1, "second pass in every N-th step only; the others are plain steps", role="what", least=1, recorded=14
     )
@@ -176,4 +198,14 @@ class MethodGroup:
     )
     global_norm: bool = _method_setting(
         False, "sam: all processes climb the mean gradient (one more all-reduce)", role="what", recorded=15
+    )
+    random_start: bool = _method_setting(
+        False, "advprop: the ascent begins at random within the radius, and each of its steps takes a pass", role="what"
+    )
+    aux_affine: bool = _method_setting(
+        False,
+        "advprop, fast-advprop: perturbed images have a gamma and beta of their own in BatchNorm, which are trained, "
+        "and not exported",
+        role="what",
+        on_resume="fixed",
     )

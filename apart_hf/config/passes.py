@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from apart_hf.errors import ApartError
 from apart_hf.strategies.methods import METHODS
@@ -16,6 +17,17 @@ def plain_epochs_of(config: TrainConfig) -> int:
     return config.perturb_from_epoch - 1
 
 
+def passes_of(method: str, settings: Mapping[str, Any]) -> float:
+    """Return the passes over the batch of a step that is not plain, on average over `every`.
+
+    Args:
+        method: its name.
+        settings: by name; where they leave a hyper-parameter open, the method's own counts.
+    """
+    known = [key for key in METHODS[method].hyper_parameters() if settings.get(key) is not None]
+    return METHODS[method].passes(every=settings["every"], **{key: settings[key] for key in known})
+
+
 def mean_passes(config: FilledConfig, steps_per_epoch: int | None = None) -> float:
     """Return the passes over the batch of a step, on average over the run.
 
@@ -23,7 +35,7 @@ def mean_passes(config: FilledConfig, steps_per_epoch: int | None = None) -> flo
         config: its defaults are filled in.
         steps_per_epoch: optimizer steps, so that an end by `max_steps` counts; None: all epochs are made.
     """
-    perturbed = METHODS[config.method].passes(config.ratio or 1.0, config.every)
+    perturbed = passes_of(config.method, vars(config))
     length = steps_per_epoch or 1
     steps = config.run_epochs * length
     if steps_per_epoch is not None and config.max_steps is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -41,7 +42,8 @@ class Apart(Callback):
         every: the second pass is made in each so-manieth step of the optimizer.
         uneven: see `create_strategy`; the default fits groups and ratio to batches of any size.
         generator: see `create_strategy`. Checkpoints keep its state or, where it is None, that of torch's global one.
-        **hyper: the method's hyper-parameters, see `create_strategy`.
+        mean, std: see `create_strategy`.
+        **hyper: the method's hyper-parameters, see `create_strategy`; aux_affine is not taken here.
 
     Attributes:
         loss: the `TwoPassLoss` of the module that is trained; None before `fit`.
@@ -81,11 +83,19 @@ class Apart(Callback):
         every: int = 1,
         uneven: Uneven = "fit",
         generator: torch.Generator | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **hyper: Any,
     ):
         check_hyper_parameters(method, hyper)
+        if hyper.get("aux_affine"):
+            raise ApartError(
+                "aux_affine=True is not taken here: the module's optimizers are made before the auxiliary gamma and "
+                "beta; leave it out, or use create_loss in a loop that adds its strategy.parameters() to an optimizer."
+            )
         self.method, self.generator = method, generator
-        self._options: dict[str, Any] = {"every": every, "uneven": uneven, "generator": generator, **hyper}
+        scale = {"mean": mean, "std": std}
+        self._options: dict[str, Any] = {"every": every, "uneven": uneven, "generator": generator, **scale, **hyper}
         self.loss: TwoPassLoss[Any, Any] | None = None
         self._module: LightningModule | None = None
         self._kept: dict[str, Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -36,6 +36,8 @@ def apart(
     generator: torch.Generator | None = None,
     every: int = 1,
     uneven: Uneven = "fit",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **hyper: Any,
 ) -> Task:
     """Let a task of `timm.task` train by a method: `task = apart(task, "apart", epsilon=0.1, groups=16)`.
@@ -50,6 +52,7 @@ def apart(
         generator: see `create_loss`; its state is in the checkpoints.
         every: the second pass is made for each so-manieth batch.
         uneven: see `create_strategy`; the default fits groups and ratio to batches of any size.
+        mean, std: see `create_strategy`; the script's data_config has them where they are not the model's.
         **hyper: the method's hyper-parameters, see `create_strategy`.
 
     Returns:
@@ -81,6 +84,7 @@ def apart(
         for part in (*vars(task).values(), *task.children()):
             check_criterion(part)
     options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, **hyper}
+    options |= {"mean": mean, "std": std}
     forward = TaskForward(task, name, options)
     kept, load = cast(Any, task).get_task_state, cast(Any, task).load_task_state
 

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -63,7 +63,7 @@ def prepare(filled: FilledConfig, stop: StopRequest) -> Run:
     data = _load(filled, accelerator)
     model, images = make_model(filled, data)
     loaders = Loaders(data, loader_settings(filled, images), accelerator)
-    trainer = _make_trainer(filled, data, loaders, model, accelerator)
+    trainer = _make_trainer(filled, data, loaders, model, images, accelerator)
     path, is_new = from_main_process(accelerator, lambda: make_folder(filled))
     config = fill_from_data(
         filled, data, accelerator, threads=threads, img_size=images["input_size"][-1], experiment=path.name
@@ -115,7 +115,12 @@ def _load_here(config: TrainConfig) -> ImageData:
 
 
 def _make_trainer(
-    config: FilledConfig, data: ImageData, loaders: Loaders, model: nn.Module, accelerator: Accelerator
+    config: FilledConfig,
+    data: ImageData,
+    loaders: Loaders,
+    model: nn.Module,
+    images: dict[str, Any],
+    accelerator: Accelerator,
 ) -> Trainer:
     ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
     train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
@@ -124,7 +129,6 @@ def _make_trainer(
     if ema is not None:
         ema.module.to(accelerator.device)
     steps_per_epoch = math.ceil(len(train_loader) / config.grad_accum_steps)
-    scheduler = make_scheduler(config, optimizer, steps_per_epoch)
     generator = torch.Generator(accelerator.device).manual_seed(config.seed + accelerator.process_index)
     strategy = create_strategy(
         cast(MethodName, config.method),  # `check_names` knows it
@@ -132,8 +136,13 @@ def _make_trainer(
         accelerator=accelerator,
         generator=generator,
         every=config.every,
+        mean=images["mean"],
+        std=images["std"],
         **config.hyper_parameters(),
     )
+    if held := list(strategy.parameters()):
+        optimizer.add_param_group({"params": held})  # before the scheduler, which takes note of each group
+    scheduler = make_scheduler(config, optimizer, steps_per_epoch)
     strategy.second_pass_size(config.batch_size)  # raises where the batch does not fit the method
     mixup = make_mixup(config, len(data.class_names))
     return Trainer(

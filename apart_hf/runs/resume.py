@@ -131,7 +131,7 @@ def go_on(run: Run) -> bool:
     given = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     run.checkpoints.restore(run.checkpoint)
     if config.override:
-        own.strategy = {key: value for key, value in own.strategy.items() if key in ("steps", "generator")}
+        own.strategy = {key: value for key, value in own.strategy.items() if key in ("steps", "generator", "auxiliary")}
         state.trainer.scheduler = None
         for group, settings in zip(trainer.optimizer.param_groups, given):
             group.update(settings)

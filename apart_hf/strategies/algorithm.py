@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.patching import TooFewValues, kept_buffers, untracked_statistics
 from apart_hf.errors import ApartError
+from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
-from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
+from apart_hf.strategies.gradients import isolated_gradients, scaled_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.passes import applied, ascending, further_passes, shown
 from apart_hf.strategies.perturbation import draw_device, processes
@@ -35,7 +36,7 @@ class Algorithm(StrategyState):
     """Algorithm 1 for any list of perturbations, on one batch and with any backward.
 
     Args:
-        name, method, model, hyper, generator, autocast, every, uneven: see `TwoPassStrategy`.
+        name, method, model, hyper, generator, autocast, every, uneven, mean, std: see `TwoPassStrategy`.
 
     Attributes:
         perturbed_loss: of the second pass over the latest batch, detached; None: there was none.
@@ -52,8 +53,11 @@ class Algorithm(StrategyState):
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         every: int = 1,
         uneven: Uneven = "error",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
-        super().__init__(name, method, model, hyper, generator=generator, every=every, uneven=uneven)
+        kept: dict[str, Any] = {"every": every, "uneven": uneven, "mean": mean, "std": std}
+        super().__init__(name, method, model, hyper, generator=generator, **kept)
         self._autocast: Callable[[], AbstractContextManager[Any]] = autocast or nullcontext
         self.perturbed_loss: Tensor | None = None
         self._notice = Notice()
@@ -148,7 +152,7 @@ class Algorithm(StrategyState):
             (loss, aux) of the clean pass, detached.
         """
         keeps = self.method.keeps_clean_gradient
-        clean_weight, perturbed_weight = plan.weights if keeps else (1.0, 1.0)
+        clean_weight, perturbed_weight = self._weights(plan)
         modules = list(self.model.modules())
         batchnorms = [m for m in modules if isinstance(m, _BatchNorm)]
         others = [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
@@ -157,8 +161,10 @@ class Algorithm(StrategyState):
         with isolated, unsynchronised(self.model), ExitStack() as observed:
             for perturbation in self.perturbations:
                 observed.enter_context(perturbation.observed(plan.samples))
+            seen = shown(self.perturbations, batch)
             clean = backward if keeps else silent_for_others(backward, self._own_tensors())
-            result = self.one_pass(shown(self.perturbations, batch), loss_fn, clean, clean_weight)
+            observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
+            result = self.one_pass(seen, loss_fn, clean, clean_weight)
             for perturbation in self.perturbations:
                 perturbation.ascend(self.generator)
             if not keeps:
@@ -167,6 +173,16 @@ class Algorithm(StrategyState):
         with untracked_statistics(batchnorms), kept_buffers(buffers):
             self._second_pass(batch, loss_fn, backward, plan, perturbed_weight)
         return result
+
+    def _weights(self, plan: Plan) -> tuple[float, float]:
+        """Return what the two gradients are weighted by."""
+        if not self.method.keeps_clean_gradient:
+            return 1.0, 1.0
+        return plan.weights if self.method.weights is None else self.method.weights(plan.samples, plan.size)
+
+    def _synchronised(self, parameters: Iterable[Tensor], weight: float) -> AbstractContextManager[None]:
+        """Let parameters that only one pass reaches have its gradient whole, where the method balances the two."""
+        return nullcontext() if self.method.weights is None else scaled_gradients(parameters, 1 / weight)
 
     def _own_tensors(self) -> set[Tensor]:
         """Collect the model's parameters, and what perturbations hold: deltas are leaves of the graph, too."""
@@ -193,7 +209,8 @@ class Algorithm(StrategyState):
                 with changed(self.perturbations, attempt), self._sorting(sorts):
                     part = self._part(batch, chosen, plan)
                     self._climb(part, loss_fn, backward, plan.size)
-                    with applied(self.perturbations, plan.size):
+                    held = stand_ins_of(self.perturbations).values()
+                    with applied(self.perturbations, plan.size), self._synchronised(held, weight):
                         seen = shown(self.perturbations, part)
                         self.perturbed_loss, _ = self.one_pass(seen, loss_fn, backward, weight)
             except TooFewValues as error:
@@ -214,8 +231,8 @@ class Algorithm(StrategyState):
         for done in range(max(further)):
             climbing = [p for p, passes in zip(self.perturbations, further) if done < passes]
             with ascending(self.model, self.perturbations, size, climbing):
-                silent = silent_for_others(backward, self._own_tensors())
-                self.one_pass(shown(self.perturbations, part), loss_fn, silent)
+                seen = shown(self.perturbations, part)
+                self.one_pass(seen, loss_fn, silent_for_others(backward, self._own_tensors()))
                 for perturbation in climbing:
                     perturbation.ascend(self.generator)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.layouts import is_channels_last
-from apart_hf.batchnorm.patching import replaced_forwards, supported_layers
+from apart_hf.batchnorm.patching import check_present, replaced_forwards, supported_layers
 from apart_hf.batchnorm.shared import Shared
 from apart_hf.errors import ApartError
 from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, draw_device, processes
@@ -74,13 +74,7 @@ class GroupStatistics(Perturbation):
                     return
 
     def _active(self) -> dict[str, _BatchNorm]:
-        there = set(self.model.modules())
-        for name, layer in self.layers.items():
-            if layer not in there:
-                raise ApartError(
-                    f"BatchNorm layer {name!r} was replaced after the strategy was made (by convert_sync_batchnorm?); "
-                    "make the strategy once the model is as it is trained."
-                )
+        check_present(self.model, self.layers)
         layers = {name: layer for name, layer in self.layers.items() if layer.training}
         if not layers:
             raise ApartError(

@@ -6,10 +6,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.machine import averaged, processes
 
 _log = logging.getLogger(__name__)
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
@@ -34,6 +36,21 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
             f"DistributedDataParallel wraps {part!r}, a part of the model; wrap the whole, or pass that part alone."
         )
     return None
+
+
+def averages_gradients(model: nn.Module) -> bool:
+    """Tell whether a DistributedDataParallel in the model averages gradients now: it is not in no_sync."""
+    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    return any(wrapper.require_backward_grad_sync for wrapper in wrappers)
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients of parameters that no wrapper knows over all processes; none counts as zero."""
+    trained = [p for p in parameters if p.requires_grad]
+    if trained and processes() > 1:
+        gradients = averaged([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])
+        for p, gradient in zip(trained, gradients):
+            p.grad = gradient.clone()
 
 
 def runs_within() -> bool:

@@ -31,9 +31,9 @@ def isolated_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_aside(model: nn.Module) -> Iterator[None]:
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let p.grad start from nothing within the block; at its end it is what it was before, views included."""
-    before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in parameters]
     for _, gradient, _ in before:
         if gradient is not None:
             gradient.zero_()
@@ -57,6 +57,17 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+@contextmanager
+def scaled_gradients(parameters: Iterable[Tensor], factor: float) -> Iterator[None]:
+    """Multiply what a backward within the block adds to the gradients of parameters."""
+    handles = [p.register_hook(lambda gradient: gradient * factor) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:

@@ -5,14 +5,27 @@ A test compares the two, so that a method added there is declared here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
-MethodName = Literal["standard", "apart", "sam", "apart-sam", "asam", "apart-asam", "sam-on", "random-bn", "ghost-bn"]
+MethodName = Literal[
+    "standard",
+    "apart",
+    "sam",
+    "apart-sam",
+    "asam",
+    "apart-asam",
+    "sam-on",
+    "random-bn",
+    "ghost-bn",
+    "advprop",
+    "fast-advprop",
+    "apart-advprop",
+]
 
 Uneven = Literal["error", "plain", "fit"]
 
@@ -29,6 +42,8 @@ class LossOptions(TypedDict, total=False):
     generator: torch.Generator | None
     every: int
     uneven: Uneven
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
 
 
 class Standard(LossOptions, total=False):
@@ -58,6 +73,25 @@ class _Sam(TypedDict, total=False):
 
 class _Asam(_Sam, total=False):
     eta: float
+
+
+class _FastAdvProp(TypedDict, total=False):
+    pixel_epsilon: float
+    pixel_step: float
+    ratio: float
+    aux_affine: bool
+
+
+class _Pixels(TypedDict, total=False):
+    pixel_epsilon: float
+    pixel_step: float
+    steps: int
+    random_start: bool
+
+
+class _AdvProp(_Pixels, total=False):
+    ratio: float
+    aux_affine: bool
 
 
 class GhostBN(_GhostBN, Standard, total=False):
@@ -113,4 +147,28 @@ class ApartAsam(_Apart, _Asam, Standard, total=False):
 
 
 class ApartAsamLoss(_Apart, _Asam, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class AdvProp(_AdvProp, Standard, total=False):
+    """Images that are perturbed by up to `pixel_epsilon` / 255, in `steps`."""
+
+
+class AdvPropLoss(_AdvProp, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class FastAdvProp(_FastAdvProp, Standard, total=False):
+    """A share `ratio` of the images, perturbed in one step."""
+
+
+class FastAdvPropLoss(_FastAdvProp, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class ApartAdvProp(_Apart, _Pixels, Standard, total=False):
+    """Statistics and images perturbed at once."""
+
+
+class ApartAdvPropLoss(_Apart, _Pixels, LossOptions, total=False):
     """The same for `create_loss`."""

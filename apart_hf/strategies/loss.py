@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
@@ -68,6 +68,27 @@ def create_loss(
     loss_fn: Callable[[Any, Batch], Result],
     **options: Unpack[declared.GhostBNLoss],
 ) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
+    name: Literal["advprop"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.AdvPropLoss],
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
+    name: Literal["fast-advprop"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.FastAdvPropLoss],
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
+    name: Literal["apart-advprop"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.ApartAdvPropLoss],
+) -> TwoPassLoss[Batch, Result]: ...
 def create_loss(
     name: str,
     model: nn.Module,
@@ -76,6 +97,8 @@ def create_loss(
     generator: torch.Generator | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **hyper: Any,
 ) -> TwoPassLoss[Batch, Result]:
     """Make a loss whose `backward` adds a method's gradient to p.grad: APART, SAM, both, or a plain one.
@@ -98,6 +121,7 @@ def create_loss(
         every: the second pass is made in each so-manieth step, the others are plain steps. A step is a call in
             training, unless that is given ends_step=False.
         uneven: "error", "plain" or "fit", for batches that groups or ratio do not fit; see `create_strategy`.
+        mean, std: what images are normalised by, see `create_strategy`.
         **hyper: the method's hyper-parameters, see `create_strategy`.
 
     Returns:
@@ -120,5 +144,5 @@ def create_loss(
         >>> loss.backward()
         >>> optimizer.step(); optimizer.zero_grad()
     """
-    options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven}
+    options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, "mean": mean, "std": std}
     return TwoPassLoss(cast(declared.MethodName, name), model, loss_fn, hyper=hyper, **options)

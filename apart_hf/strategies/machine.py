@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def draw_device(generator: torch.Generator | None, model: nn.Module) -> torch.device:
@@ -15,3 +15,12 @@ def draw_device(generator: torch.Generator | None, model: nn.Module) -> torch.de
 def processes() -> int:
     """Count the processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def averaged(tensors: list[Tensor]) -> list[Tensor]:
+    """Average tensors over all processes, by one all-reduce; those that are given stay each process's own."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= processes()
+    sizes = [tensor.numel() for tensor in tensors]
+    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors)]

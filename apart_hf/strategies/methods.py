@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack, cast, overload
@@ -12,9 +12,12 @@ from torch import nn
 
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.strategies import hyper_parameters as declared
+from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
 from apart_hf.strategies.checks import check_model
+from apart_hf.strategies.fitting import balanced
 from apart_hf.strategies.hyper_parameters import MethodName
+from apart_hf.strategies.input_perturbations import Inputs, OneStepInputs
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, Weights
@@ -30,6 +33,8 @@ class Method:
         keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
             False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
         defaults: hyper-parameters that differ from the perturbations' own defaults.
+        weights: gives the weights of both gradients from M and N, in the place of Algorithm 1's. Parameters that only
+            one of the two reaches then have that one's gradient whole.
 
     Example:
         >>> from apart_hf import METHODS
@@ -45,6 +50,7 @@ class Method:
     perturbations: tuple[type[Perturbation], ...] = ()
     keeps_clean_gradient: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
+    weights: Callable[[int, int], tuple[float, float]] | None = None
 
     def hyper_parameters(self) -> dict[str, Any]:
         """List every hyper-parameter of the method with its default: numbers, then options.
@@ -105,6 +111,16 @@ METHODS: dict[str, Method] = {
     ),
     "random-bn": Method("apart with random signs", (RandomStatistics,)),
     "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
+    "advprop": Method("perturbed images, with auxiliary BN (Xie et al. 2020)", (Inputs, AuxiliaryBatchNorm)),
+    "fast-advprop": Method(
+        "a share of the images perturbed in one step, with auxiliary BN (Mei et al. 2022)",
+        (OneStepInputs, AuxiliaryBatchNorm),
+        defaults={"ratio": 0.25},
+        weights=balanced,
+    ),
+    "apart-advprop": Method(
+        "apart and images perturbed in one step at once", (AdversarialStatistics, Inputs), defaults={"steps": 1}
+    ),
 }
 
 
@@ -150,6 +166,18 @@ def create_strategy(
 def create_strategy(
     name: Literal["ghost-bn"], model: nn.Module, **options: Unpack[declared.GhostBN]
 ) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["advprop"], model: nn.Module, **options: Unpack[declared.AdvProp]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["fast-advprop"], model: nn.Module, **options: Unpack[declared.FastAdvProp]
+) -> TwoPassStrategy: ...
+@overload
+def create_strategy(
+    name: Literal["apart-advprop"], model: nn.Module, **options: Unpack[declared.ApartAdvProp]
+) -> TwoPassStrategy: ...
 def create_strategy(
     name: str,
     model: nn.Module,
@@ -159,6 +187,8 @@ def create_strategy(
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **hyper: Any,
 ) -> TwoPassStrategy:
     """Make what fills `p.grad` for one batch, by a method's name: APART (Algorithm 1), SAM, both, or a plain step.
@@ -178,6 +208,8 @@ def create_strategy(
         uneven: what becomes of a batch that groups or ratio do not fit, such as the last one of an epoch. "error": it
             is refused. "plain": it takes an ordinary pass. "fit": it takes the largest number of groups, and of samples
             in the second pass, that fits it. What was done is logged once.
+        mean, std: what images are normalised by, for methods that move pixels: one value, or one for each channel.
+            None: as the model's `pretrained_cfg` says.
         **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()` has their defaults):
 
             - epsilon: radius of the statistics' perturbation, as a share of the batch's own mean and scale, >= 0.
@@ -185,6 +217,10 @@ def create_strategy(
             - ratio: N/M, the share of the batch in the second pass, in (0, 1]; N is a whole number.
             - rho: radius of the weights' perturbation in the L2 norm, >= 0.
             - eta: what keeps asam's scale of small weights from zero, >= 0.
+            - pixel_epsilon, pixel_step, steps: radius, and size of a step, of the images' perturbation, in units of
+              1/255, in [0, 255]; and the number of steps, >= 1.
+            - random_start: whether that perturbation begins at random, which takes one more pass.
+            - aux_affine: whether auxiliary BN has a gamma and beta of its own; see `TwoPassStrategy.parameters`.
             - local_attack, global_norm: with several processes, whether each attacks the statistics by the gradient of
               its own batch, and whether all climb the mean of their weights' gradients.
 
@@ -220,6 +256,8 @@ def create_strategy(
         autocast=autocast,
         every=every,
         uneven=uneven,
+        mean=mean,
+        std=std,
     )
 
 

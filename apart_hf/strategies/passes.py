@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
 from apart_hf.strategies.gradients import frozen, gradients_aside, unsynchronised
 from apart_hf.strategies.perturbation import Perturbation
 
@@ -26,17 +27,16 @@ def shown(perturbations: Sequence[Perturbation], batch: Any) -> Any:
 
 
 @contextmanager
-def applied(perturbations: Sequence[Perturbation], size: int, climbing: Sequence[Perturbation] = ()) -> Iterator[None]:
+def applied(perturbations: Sequence[Perturbation], size: int, *, climbs: bool = False) -> Iterator[None]:
     """Open a pass in which all perturbations are in place.
 
     Args:
         perturbations: of the method.
         size: N, the samples of the pass.
-        climbing: those of them that collect their gradient in it.
+        climbs: the pass is of a further ascent.
     """
     with ExitStack() as opened:
         for perturbation in sorted(perturbations, key=lambda p: p.applied_last):
-            climbs = any(perturbation is one for one in climbing)
             opened.enter_context(perturbation.climbing(size) if climbs else perturbation.applied(size))
         yield
 
@@ -49,13 +49,15 @@ def ascending(
 
     Args:
         model: the network, possibly wrapped.
-        perturbations, size, climbing: see `applied`.
+        perturbations, size: see `applied`.
+        climbing: those that ascend by its gradient.
     """
     reads = any(p.reads_weight_gradients for p in climbing)
-    kept = gradients_aside(model) if reads else frozen(model.parameters())
+    held = stand_ins_of(perturbations).values()
+    kept = gradients_aside([*model.parameters(), *held]) if reads else frozen([*model.parameters(), *held])
     # what stands is used up by being applied
     standing = [(p, dict(vars(p))) for p in perturbations if not any(p is one for one in climbing)]
-    with kept, unsynchronised(model), applied(perturbations, size, climbing):
+    with kept, unsynchronised(model), applied(perturbations, size, climbs=True):
         yield
     for perturbation, state in standing:
         vars(perturbation).update(state)

@@ -77,6 +77,10 @@ class Perturbation:
     counts_samples: ClassVar[bool] = True
     #: True where `applied` reads the weights, so that others which move them are applied before.
     applied_last: ClassVar[bool] = False
+    #: The hyper-parameters that are decided as the strategy is made: `strategy.set` does not change them.
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    #: True where the class takes what images are normalised by, as `mean` and `std`.
+    takes_pixel_scale: ClassVar[bool] = False
     #: False within a pass whose samples cannot be put in another order; `order` then names none.
     sorts: bool = True
 
@@ -234,7 +238,7 @@ class Perturbation:
         """
 
     def climbing(self, samples: int) -> AbstractContextManager[None]:
-        """Open a pass of a further ascent: the perturbation is in place, and the gradient to climb is collected.
+        """Open a pass of a further ascent, of this or another perturbation: in place, it collects its gradient.
 
         The model's parameters get no gradient, unless one that climbs `reads_weight_gradients`: those of this pass.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of
 from apart_hf.strategies.fitting import whole_size
 from apart_hf.strategies.hyper_parameters import Uneven
+from apart_hf.strategies.read_only import HyperParameters
 from apart_hf.strategies.saved_state import check_state, made_with, say_overridden
 from apart_hf.strategies.scalars import python_number, python_numbers
 
@@ -18,25 +21,11 @@ if TYPE_CHECKING:
     from apart_hf.strategies.perturbation import Perturbation
 
 
-class HyperParameters(dict[str, Any]):
-    """The hyper-parameters of a strategy, to read: `strategy.set` changes them."""
-
-    def _refused(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ApartError(
-            "hyper-parameters are read here; change them by strategy.set(epsilon=0.05), between two steps."
-        )
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refused
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
-
-
 class StrategyState:
     """Hyper-parameters that are checked whenever they change, and the count of steps that `every` refers to.
 
     Args:
-        name, method, model, hyper, generator, every, uneven: see `TwoPassStrategy`.
+        name, method, model, hyper, generator, every, uneven, mean, std: see `TwoPassStrategy`.
     """
 
     def __init__(
@@ -49,6 +38,8 @@ class StrategyState:
         generator: torch.Generator | None = None,
         every: int = 1,
         uneven: Uneven = "error",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ApartError(
@@ -60,6 +51,7 @@ class StrategyState:
         self.hyper: dict[str, Any] = HyperParameters(hyper)
         self.every, self.uneven, self.steps = every, uneven, 0
         self._check(hyper, every, uneven)
+        self._pixel_scale = {"mean": mean, "std": std}
         self.perturbations = self._made(hyper)
         self._made_with = self._in_use()
 
@@ -155,8 +147,8 @@ class StrategyState:
 
         Returns:
             The "name" of the method, its hyper-parameters under "hyper", "every" and "uneven", the number of "steps"
-            that were made, what the strategy was made with, and, where a generator was given, its state under
-            "generator".
+            that were made, what the strategy was made with, where a generator was given, its state under "generator",
+            and, where there is auxiliary BN, its statistics and parameters under "auxiliary".
 
         Example:
             >>> import timm, torch
@@ -168,6 +160,8 @@ class StrategyState:
         """
         state: dict[str, Any] = {"name": self.name, "steps": self.steps, "every": self.every, "uneven": self.uneven}
         state |= {"hyper": dict(self.hyper), "made_with": dict(self._made_with)}
+        for auxiliary in auxiliary_of(self.perturbations):
+            state["auxiliary"] = auxiliary.state_dict()
         return state if self.generator is None else state | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,11 +216,16 @@ class StrategyState:
 
     def _load(self, state: dict[str, Any]) -> None:
         check_state(self.name, self.hyper, self.generator is not None, state)
+        held = [(p, state["auxiliary"]) for p in auxiliary_of(self.perturbations) if "auxiliary" in state]
+        for auxiliary, its_state in held:
+            auxiliary.check_state(its_state)
         hyper = state.get("hyper", self.hyper)
         self.set(**hyper, every=state.get("every", self.every), uneven=state.get("uneven", self.uneven))
         self.steps = state.get("steps", self.steps)
         if self.generator is not None:
             self.generator.set_state(state["generator"])
+        for auxiliary, its_state in held:
+            auxiliary.load_state_dict(its_state)
         self._made_with = self._made_with | made_with(state)
 
     def _in_use(self) -> dict[str, Any]:
@@ -244,7 +243,11 @@ class StrategyState:
 
     def _made(self, hyper: dict[str, Any]) -> list[Perturbation]:
         """Make each perturbation of the method, which checks its own hyper-parameters."""
-        return [kind(self.model, **{key: hyper[key] for key in kind.defaults}) for kind in self.method.perturbations]
+        made = []
+        for kind in self.method.perturbations:
+            scale = self._pixel_scale if kind.takes_pixel_scale else {}
+            made.append(kind(self.model, **{key: hyper[key] for key in kind.defaults}, **scale))
+        return made
 
     def _take_over(self, made: list[Perturbation], changed: frozenset[str]) -> None:
         """Give the perturbations that are in use the hyper-parameters of others that were made, and so checked."""
@@ -252,6 +255,11 @@ class StrategyState:
             lacking = [key for key in old.defaults if key in changed and not hasattr(new, key)]
             if lacking:
                 raise ApartError(f"{type(old).__name__} has no attribute {lacking[0]!r}, so that it cannot be set.")
+            for key in changed & old.fixed:
+                raise ApartError(
+                    f"{key}={getattr(new, key, None)!r}: it is decided as the strategy is made, with "
+                    f"{self.hyper[key]!r}; make another strategy."
+                )
         for old, new in zip(self.perturbations, made):
             for key in changed.intersection(old.defaults):
                 setattr(old, key, getattr(new, key))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from apart_hf.strategies.algorithm import Algorithm, Backward, LossFunction
+from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
 from apart_hf.strategies.checks import check_criterion, check_helpers, check_training
+from apart_hf.strategies.ddp import average_gradients, averages_gradients
 from apart_hf.strategies.hyper_parameters import HasBackward, Uneven
 from apart_hf.strategies.sample_count import count_images
 from apart_hf.strategies.wrapping import WrappingCheck
@@ -30,7 +32,7 @@ class TwoPassStrategy(Algorithm):
         method: what it combines.
         model: the network, possibly wrapped.
         hyper: every hyper-parameter of the method.
-        accelerator: see `create_strategy`, as for `generator`, `autocast`, `every` and `uneven`.
+        accelerator: see `create_strategy`, as for `generator`, `autocast`, `every`, `uneven`, `mean` and `std`.
 
     Attributes:
         perturbations: one `Perturbation` for each class that the method names.
@@ -59,10 +61,34 @@ class TwoPassStrategy(Algorithm):
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         every: int = 1,
         uneven: Uneven = "error",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         check_helpers(accelerator, autocast)
-        super().__init__(name, method, model, hyper, generator=generator, autocast=autocast, every=every, uneven=uneven)
+        kept: dict[str, Any] = {"every": every, "uneven": uneven, "mean": mean, "std": std}
+        super().__init__(name, method, model, hyper, generator=generator, autocast=autocast, **kept)
         self._accelerator, self._wrapping = accelerator, WrappingCheck(model)
+        self._unaveraged = False  # gradients of what the strategy holds
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Give the parameters that the strategy holds beside the model's, for the optimizer: auxiliary gamma and beta.
+
+        Where processes train in DistributedDataParallel, their gradients are averaged as the model's are.
+
+        Returns:
+            None of them, for a method without any.
+
+        Example:
+            >>> import timm, torch
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet", num_classes=10)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> strategy = create_strategy("advprop", model, aux_affine=True)
+            >>> optimizer.add_param_group({"params": list(strategy.parameters())})
+            >>> len(optimizer.param_groups), list(create_strategy("apart", model).parameters())
+            (2, [])
+        """
+        return iter(stand_ins_of(self.perturbations).values())
 
     def accumulate(
         self,
@@ -181,5 +207,9 @@ class TwoPassStrategy(Algorithm):
             result = self.one_pass(batch, loss_fn, backward)
         else:
             result = self.two_passes(batch, loss_fn, backward, plan)
+        self._unaveraged |= plan is not None
+        if self._unaveraged and averages_gradients(self.model):
+            average_gradients(list(self.parameters()))
+            self._unaveraged = False
         self.steps += bool(ends_step)
         return result

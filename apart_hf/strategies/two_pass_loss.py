@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -17,6 +17,7 @@ from apart_hf.strategies.ddp import find_ddp, runs_within, within_forward
 from apart_hf.strategies.fitting import Plan
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
+from apart_hf.strategies.machine import averaged, processes
 from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
 from apart_hf.strategies.wrapping import WrappingCheck
 
@@ -69,7 +70,7 @@ class TwoPassLoss(Generic[Batch, Result]):
     """A loss that makes both passes, for loops that own the backward. It is made by `create_loss`.
 
     Args:
-        name, generator, every, uneven, hyper: see `create_loss`.
+        name, generator, every, uneven, hyper, mean, std: see `create_loss`.
         model: the network, possibly wrapped.
         loss_fn: loss_fn(model, batch) -> loss, or (loss, aux).
 
@@ -96,6 +97,8 @@ class TwoPassLoss(Generic[Batch, Result]):
         every: int,
         uneven: Uneven,
         hyper: dict[str, Any],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         check_options(name, hyper)
         check_model(model)
@@ -110,9 +113,8 @@ class TwoPassLoss(Generic[Batch, Result]):
         self._ddp = find_ddp(model)
         network = model if self._ddp is None else self._ddp.module
         self._autocast = AmbientAutocast(network)
-        self.strategy = create_strategy(
-            name, network, generator=generator, autocast=self._autocast.again, every=every, uneven=uneven, **hyper
-        )
+        options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, "mean": mean, "std": std}
+        self.strategy = create_strategy(name, network, autocast=self._autocast.again, **options, **hyper)
         self._backward, self._wrapping = InnerBackward(network), WrappingCheck(model)
 
     def __call__(
@@ -169,7 +171,11 @@ class TwoPassLoss(Generic[Batch, Result]):
         with self._autocast.aside(), backward.collecting():
             backward.is_half = self._autocast.is_half
             loss, aux = self.strategy.two_passes(batch, loss_fn, backward, plan)
-            leaves, gradients = zip(*backward.collected())
+            found = dict(backward.collected())
+            held = [p for p in self.strategy.parameters() if p.requires_grad]
+            if self._ddp is not None and held and processes() > 1:
+                found |= zip(held, averaged([found.get(p, torch.zeros_like(p)) for p in held]))
+            leaves, gradients = list(found), list(found.values())
         return _Finished.apply(loss, len(leaves), *leaves, *gradients), aux
 
     def set(self, **changes: Any) -> None:

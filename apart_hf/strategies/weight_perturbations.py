@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.machine import averaged
 from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, processes
 
 
@@ -54,7 +54,7 @@ class Weights(Perturbation):
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in moved]
         if averages:
-            gradients = _averaged(gradients)
+            gradients = averaged(gradients)
         sizes = [self._size(name, p) for name, p in moved]
         scaled = [g if size is None else g * size for g, size in zip(gradients, sizes)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))
@@ -129,11 +129,3 @@ class NormalisationWeights(Weights):
     def _moved(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, layer in self._layers:
             yield from layer.named_parameters(prefix, recurse=False)
-
-
-def _averaged(gradients: list[Tensor]) -> list[Tensor]:
-    """Average gradients over all processes, by one all-reduce; p.grad itself stays each process's own."""
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= processes()
-    return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]

@@ -1,0 +1,172 @@
+"""Auxiliary batch normalisation: running statistics, and gamma and beta, of perturbed passes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from apart_hf.batchnorm.patching import check_present
+from apart_hf.errors import ApartError
+from apart_hf.strategies.machine import processes
+from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.scalars import checked_option
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_AFFINE = ("weight", "bias")
+
+
+class AuxiliaryBatchNorm(Perturbation):
+    """Moves nothing: in all passes but the clean one, each BN layer is its own double, as in AdvProp (Xie et al. 2020).
+
+    The double's running statistics are those of the perturbed passes, so that the model's are of clean images alone
+    (Section 4.2, Figure 3). With `aux_affine` it has a gamma and beta of its own, too, which begin as the layer's. All
+    are tensors that this object holds: they are put into the layers for the length of a pass. Layers in eval mode are
+    left alone, and a model without BatchNorm has no doubles.
+
+    Args:
+        model: the network, possibly wrapped.
+        aux_affine: gamma and beta of its own. It is decided as the strategy is made.
+
+    Raises:
+        ApartError: where aux_affine finds no BN layer with gamma and beta.
+
+    Example:
+        >>> import timm
+        >>> from apart_hf import create_strategy
+        >>> strategy = create_strategy("advprop", timm.create_model("test_resnet"), aux_affine=True)
+        >>> _, auxiliary = strategy.perturbations
+        >>> len(auxiliary.stand_ins()) == len(list(strategy.parameters())) > 0
+        True
+    """
+
+    defaults: ClassVar = {"aux_affine": False}
+    counts_samples = False
+    fixed = frozenset({"aux_affine"})
+
+    def __init__(self, model: nn.Module, *, aux_affine: bool):
+        self.model, self.aux_affine = model, checked_option("aux_affine", aux_affine)
+        named = _unwrapped(model).named_modules()
+        self.layers: dict[str, _BatchNorm] = {name: m for name, m in named if isinstance(m, _BatchNorm)}
+        self._statistics = {
+            f"{name}.{key}": tensor.detach().clone()
+            for name, layer in self.layers.items()
+            for key in _STATISTICS
+            if (tensor := getattr(layer, key)) is not None
+        }
+        self._affine = {
+            f"{name}.{key}": nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            for name, layer in self.layers.items()
+            for key in _AFFINE
+            if aux_affine and (tensor := getattr(layer, key)) is not None
+        }
+        if self.aux_affine and not self._affine:
+            raise ApartError(
+                f"aux_affine=True: {type(model).__name__} has no BatchNorm layer with gamma and beta that adversarial "
+                "images could have for themselves; leave aux_affine out."
+            )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the parameters held here by the names that they would have in the model."""
+        return iter(self._affine.items())
+
+    def stand_ins(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Return the parameters held here, by those of the model in whose place they are."""
+        layers, found = self.layers, {}
+        for key, own in self._affine.items():
+            name, _, kind = key.rpartition(".")
+            found[getattr(layers[name], kind)] = own
+        return found
+
+    def climbing(self, samples: int) -> Any:
+        return self._in_place(tracks=False)
+
+    def applied(self, samples: int) -> Any:
+        return self._in_place(tracks=True)
+
+    @contextmanager
+    def _in_place(self, tracks: bool) -> Iterator[None]:
+        check_present(self.model, self.layers)
+        active = {name: layer for name, layer in self.layers.items() if layer.training}
+        before = [
+            (layer, dict(layer._parameters), dict(layer._buffers), layer.track_running_stats)
+            for layer in active.values()
+        ]
+        try:
+            for name, layer in active.items():
+                self._put(name, layer, tracks)
+            yield
+        finally:
+            for layer, parameters, buffers, tracked in before:
+                layer._parameters.update(parameters)
+                layer._buffers.update(buffers)
+                layer.track_running_stats = tracked
+
+    def _put(self, name: str, layer: _BatchNorm, tracks: bool) -> None:
+        for kind in _AFFINE:
+            own = self._affine.get(f"{name}.{kind}")
+            if own is not None:
+                own.data = _like(own.data, getattr(layer, kind))
+                # DDP awaits a gradient of every parameter of the model
+                held = own if processes() == 1 else own + 0.0 * getattr(layer, kind)
+                layer._parameters[kind] = held
+        if layer.running_mean is not None:
+            for kind in _STATISTICS:
+                key = f"{name}.{kind}"
+                self._statistics[key] = _like(self._statistics[key], getattr(layer, kind))
+                layer._buffers[kind] = self._statistics[key]
+            layer.track_running_stats = tracks
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is held, by the names that it would have in the model."""
+        return {key: tensor.detach().clone() for key, tensor in (self._statistics | self._affine).items()}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a state of another model.
+
+        Raises:
+            ApartError: where names or shapes are others.
+        """
+        own = self._statistics | self._affine
+        other = [key for key in {**own, **state} if key not in own or key not in state]
+        other += [key for key in own if key in state and state[key].shape != own[key].shape]
+        if other:
+            raise ApartError(
+                f"the state's auxiliary BatchNorm is of another model, or made with another aux_affine: {other[0]!r} "
+                "differs; load the state of a strategy of the same model and options."
+            )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what `state_dict` returned."""
+        for key, tensor in (self._statistics | self._affine).items():
+            tensor.copy_(state[key])
+
+
+def auxiliary_of(perturbations: Sequence[Perturbation]) -> list[AuxiliaryBatchNorm]:
+    """Find the auxiliary BN among perturbations."""
+    return [p for p in perturbations if isinstance(p, AuxiliaryBatchNorm)]
+
+
+def stand_ins_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn.Parameter]:
+    """Return the parameters that perturbations hold, by those of the model in whose place they are."""
+    return {theirs: own for p in auxiliary_of(perturbations) for theirs, own in p.stand_ins().items()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network itself, so that names are the same in every wrapper."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Move a tensor to where another is: the model may move after the strategy was made."""
+    return tensor.to(other.device, other.dtype)
