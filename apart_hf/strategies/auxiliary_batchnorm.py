@@ -75,6 +75,10 @@ class AuxiliaryBatchNorm(Perturbation):
         """Give the parameters held here by the names that they would have in the model."""
         return iter(self._affine.items())
 
+    def buffers(self) -> Iterator[Tensor]:
+        """Give the running statistics held here."""
+        return iter(self._statistics.values())
+
     def stand_ins(self) -> dict[nn.Parameter, nn.Parameter]:
         """Return the parameters held here, by those of the model in whose place they are."""
         layers, found = self.layers, {}

@@ -99,27 +99,23 @@ METHODS: dict[str, Method] = {
     "sam": Method("perturbed weights (Foret et al. 2021)", (Weights,), keeps_clean_gradient=False),
     "apart-sam": Method("both at once (Section 3.3)", (AdversarialStatistics, Weights), defaults={"rho": 0.2}),
     "asam": Method(
-        "weights perturbed in proportion to their size (Kwon et al. 2021)",
-        (AdaptiveWeights,),
-        keeps_clean_gradient=False,
+        "weights perturbed relative to their size (Kwon et al. 2021)", (AdaptiveWeights,), keeps_clean_gradient=False
     ),
     "apart-asam": Method("apart and asam at once", (AdversarialStatistics, AdaptiveWeights)),
     "sam-on": Method(
-        "weights of normalisation layers perturbed (Mueller et al. 2023)",
-        (NormalisationWeights,),
-        keeps_clean_gradient=False,
+        "weights of normalisation layers (Mueller et al. 2023)", (NormalisationWeights,), keeps_clean_gradient=False
     ),
     "random-bn": Method("apart with random signs", (RandomStatistics,)),
     "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
-    "advprop": Method("perturbed images, with auxiliary BN (Xie et al. 2020)", (Inputs, AuxiliaryBatchNorm)),
+    "advprop": Method("perturbed images and auxiliary BN (Xie et al. 2020)", (Inputs, AuxiliaryBatchNorm)),
     "fast-advprop": Method(
-        "a share of the images perturbed in one step, with auxiliary BN (Mei et al. 2022)",
+        "the same of some images, in one step (Mei et al. 2022)",
         (OneStepInputs, AuxiliaryBatchNorm),
         defaults={"ratio": 0.25},
         weights=balanced,
     ),
     "apart-advprop": Method(
-        "apart and images perturbed in one step at once", (AdversarialStatistics, Inputs), defaults={"steps": 1}
+        "apart and perturbed images at once", (AdversarialStatistics, Inputs), defaults={"steps": 1}
     ),
 }
 

@@ -171,6 +171,9 @@ class Perturbation:
         Args:
             batch: of any kind; it is not to be changed in place.
 
+        Returns:
+            A batch of the same kind.
+
         Example:
             >>> import timm
             >>> from apart_hf import Perturbation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apart_hf.strategies.algorithm import Algorithm, Backward, LossFunction
-from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
+from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of, stand_ins_of
 from apart_hf.strategies.checks import check_criterion, check_helpers, check_training
 from apart_hf.strategies.ddp import average_gradients, averages_gradients
 from apart_hf.strategies.hyper_parameters import HasBackward, Uneven
@@ -89,6 +89,22 @@ class TwoPassStrategy(Algorithm):
             (2, [])
         """
         return iter(stand_ins_of(self.perturbations).values())
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Give the running statistics that the strategy holds beside the model's: those of auxiliary BN.
+
+        Returns:
+            None of them, for a method without any.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import create_strategy
+            >>> model = timm.create_model("test_resnet")
+            >>> held = list(create_strategy("advprop", model).buffers())
+            >>> len(held) == len(list(model.buffers())), list(create_strategy("apart", model).buffers())
+            (True, [])
+        """
+        return (tensor for auxiliary in auxiliary_of(self.perturbations) for tensor in auxiliary.buffers())
 
     def accumulate(
         self,

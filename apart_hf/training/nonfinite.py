@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +47,7 @@ class Guard:
         ema: the average of the weights, if any.
         skip: leave bad steps out, which takes one look at the device a step. False: the first one ends the run.
         interval: steps from one look at the device to the next, where looking means to wait.
+        holder: has `parameters` and `buffers` that are trained beside the model's; None: there are none.
 
     `good` is the verdict on the latest step, `skipped` counts the bad ones of an epoch, `in_a_row` the latest ones that
     were bad or left out by the gradient scaler.
@@ -60,6 +62,7 @@ class Guard:
         ema: ModelEmaV3 | None = None,
         skip: bool = False,
         interval: int = 1,
+        holder: Any = None,
     ):
         self.interval = 1 if skip or not is_served_by_launches(accelerator.device) else interval
         self.accelerator, self.model, self.optimizer, self.ema, self.skip = accelerator, model, optimizer, ema, skip
@@ -67,7 +70,8 @@ class Guard:
         self.network = accelerator.unwrap_model(model, keep_torch_compile=False)
         # a buffer may hold infinities by design, such as a mask
         self._watched = {n: b for n, b in self.network.named_buffers() if b.is_floating_point() and b.isfinite().all()}
-        buffers = list(self.network.buffers()) if skip else []
+        self._held = [] if holder is None else list(holder.parameters())
+        buffers = [*self.network.buffers(), *([] if holder is None else holder.buffers())] if skip else []
         self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
         self._kept = [[b.clone() for b in alike] for alike in self._buffers]  # as they were before the step
         self._within = False  # a step, of which a batch has been seen
@@ -240,7 +244,8 @@ class Guard:
 
         Sums may overflow where no value does.
         """
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None and p.grad.numel()]
+        trained = (*self.network.parameters(), *self._held)
+        gradients = [p.grad for p in trained if p.grad is not None and p.grad.numel()]
         if self._watched:
             yield from torch._foreach_norm(list(self._watched.values()), math.inf)
         if last and gradients and self.accelerator.scaler is None:

@@ -72,7 +72,14 @@ class Step:
         """Clip the gradient, and let the optimizer move the weights."""
         trainer = self.trainer
         if trainer.clip_grad is not None:
-            clip_gradients(trainer.accelerator, trainer.model, trainer.optimizer, trainer.clip_grad, trainer.clip_mode)
+            clip_gradients(
+                trainer.accelerator,
+                trainer.model,
+                trainer.optimizer,
+                trainer.clip_grad,
+                trainer.clip_mode,
+                trainer.strategy.parameters(),
+            )
         trainer.optimizer.step()
 
     def _follow_schedules(self) -> None:

@@ -89,6 +89,7 @@ class Trainer:
             ema=self.ema,
             skip=self.skip_nonfinite,
             interval=self.log_interval,
+            holder=self.strategy,
         )
         self.progress = Progress(self.accelerator.device)
         self._step = Step(self)

@@ -28,6 +28,9 @@ create_strategy("apart-asam", model, eta=0.1, groups=4)
 create_strategy("sam-on", model, rho=0.5)
 create_strategy("random-bn", model, epsilon=0.1, ratio=0.5)
 create_strategy("ghost-bn", model, groups=4)
+create_strategy("advprop", model, pixel_epsilon=4, pixel_step=1, steps=5, random_start=True, aux_affine=True, ratio=0.5)
+create_strategy("fast-advprop", model, pixel_epsilon=1.0, mean=[0.5], std=(0.5, 0.5, 0.5))
+create_strategy("apart-advprop", model, epsilon=0.1, steps=2)
 for name in list_strategies():
     strategy = create_strategy(name, model)
 loss, output = strategy.accumulate_gradients(torch.ones(4, 3, 8, 8), torch.ones(4).long(), torch.nn.CrossEntropyLoss())
@@ -58,6 +61,8 @@ BAD = {
     "ratio without a clean gradient": 'create_strategy("asam", model, ratio=0.5)',
     "ghost-bn has no radius": 'create_strategy("ghost-bn", model, epsilon=0.1)',
     "random-bn has no adversary": 'create_strategy("random-bn", model, local_attack=True)',
+    "one step has no number of steps": 'create_strategy("fast-advprop", model, steps=2)',
+    "steps are whole": 'create_strategy("advprop", model, steps=2.5)',
     "a plain step has none": 'create_strategy("standard", model, epsilon=0.1)',
     "groups are whole": 'create_strategy("apart", model, groups=4.5)',
     "a radius is a number": 'create_strategy("sam", model, rho="0.1")',
