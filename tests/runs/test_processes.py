@@ -53,6 +53,7 @@ KINDS = {
     "apart, workers": ["--method", "apart", "--loader", "workers", "-j", "1"],
     "apart, means of statistics": ["--method", "apart", "--dist-bn", "reduce", "--model-ema", "--aug-repeats", "2"],
     "apart-sam, averaged": ["--method", "apart-sam", "--model-ema", "--grad-accum-steps", "2", "--mixup", "0.2"],
+    "advprop": ["--method", "advprop", "--steps", "1", "--aux-affine", "--random-start"],
 }
 
 
