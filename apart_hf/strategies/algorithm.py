@@ -181,7 +181,10 @@ class Algorithm(StrategyState):
         return plan.weights if self.method.weights is None else self.method.weights(plan.samples, plan.size)
 
     def _synchronised(self, parameters: Iterable[Tensor], weight: float) -> AbstractContextManager[None]:
-        """Let parameters that only one pass reaches have its gradient whole, where the method balances the two."""
+        """Let parameters that only one pass reaches have its gradient whole, where the method balances the two.
+
+        By Mei et al. 2022, "Synchronizing parameter updating speed".
+        """
         return nullcontext() if self.method.weights is None else scaled_gradients(parameters, 1 / weight)
 
     def _own_tensors(self) -> set[Tensor]:

@@ -39,7 +39,7 @@ class Plan:
 
 
 def balanced(samples: int, size: int) -> tuple[float, float]:
-    """Return weights by which each sample counts once (Fast AdvProp, Section 4, "re-balancing training samples").
+    """Return weights by which each sample counts once (Mei et al. 2022, "Re-balancing training samples").
 
     Samples of the second pass are seen twice, and count half each time: 1 - N/2M for the clean gradient, in expectation
     over which samples they are, and N/2M for the perturbed one.

@@ -17,7 +17,7 @@ from apart_hf.strategies.scalars import checked_option, python_number
 
 
 class Inputs(Perturbation):
-    """Attacks images by PGD in L-infinity, as AdvProp does (Xie et al. 2020, Section 5.1; Madry et al. 2018, Eq. 2).
+    """Attacks images by PGD in L-infinity, as AdvProp does (Xie et al. 2020, Section 5.1; Madry et al. 2018, Section 2.1).
 
     delta <- clip(delta + pixel_step * sign(dL/dx)), so often as `steps` says. The clip is to |delta| <= `pixel_epsilon`
     and to valid pixels; a pixel that is not valid before (of random erasing) is not moved further out. Both radii are
@@ -155,7 +155,9 @@ class Inputs(Perturbation):
 
 
 class OneStepInputs(Inputs):
-    """Attacks images by one step from the clean pass's own gradient, as Fast AdvProp does (Mei et al. 2022, Section 4).
+    """Attacks images by one step from the clean pass's own gradient, after Fast AdvProp (Mei et al. 2022).
+
+    Their code makes a pass of its own for that gradient, over the images to attack, with noise and auxiliary BN.
 
     Args:
         model: the network, possibly wrapped.

@@ -1,0 +1,51 @@
+"""Method cards are of methods that exist, have one form, run, and name every hyper-parameter with its default."""
+
+import re
+
+import pytest
+
+from apart_hf.config.arguments import parse_arguments
+from apart_hf.strategies.methods import METHODS
+from tests.support.helpers import ROOT
+
+CARDS = sorted((ROOT / "docs/methods").glob("*.md"))
+HEADINGS = ["How to Use", "Suggested Hyperparameters", "Technical Details", "Attribution"]
+
+
+def test_there_are_cards():
+    assert {"advprop", "fast-advprop"} <= {card.stem for card in CARDS}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_the_form_of_a_card(card):
+    text = card.read_text()
+    assert re.match(rf"# \S.*\n\n`{card.stem}` .*\(\*", text), "a title, and a sentence with the attribution"
+    assert re.findall(r"^## (.*)$", text, re.M) == HEADINGS
+    assert "](https://arxiv.org/abs/" in text.split("## Attribution")[1]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_the_hyper_parameters_of_a_card(card):
+    (listed,) = re.findall(r"^## Suggested Hyperparameters\n(.*?)^## ", card.read_text(), re.M | re.S)
+    documented = dict(re.findall(r"`(\w+)` \(([\d.]+|off)\)", listed))
+    for key, default in METHODS[card.stem].hyper_parameters().items():
+        assert documented.pop(key) == ("off" if default is False else f"{default:g}"), key
+    assert not documented
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_the_code_of_a_card_runs(card):
+    blocks = re.findall(r"```python\n(.*?)```", card.read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        scope = {}
+        exec(block, scope)
+        assert scope["loss"].isfinite()
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_the_commands_of_a_card_parse(card):
+    found = re.findall(r"`apart-hf train ([^`]*)`", card.read_text())
+    assert found
+    for command in found:
+        assert parse_arguments(command.split()).method == card.stem
