@@ -17,11 +17,12 @@ from apart_hf.strategies.scalars import checked_option, python_number
 
 
 class Inputs(Perturbation):
-    """Attacks images by PGD in L-infinity, as AdvProp does (Xie et al. 2020, Section 5.1; Madry et al. 2018, Section 2.1).
+    """Attacks images by PGD in L-infinity (Madry et al. 2018, Section 2.1), as AdvProp does (Xie et al. 2020).
 
     delta <- clip(delta + pixel_step * sign(dL/dx)), so often as `steps` says. The clip is to |delta| <= `pixel_epsilon`
     and to valid pixels; a pixel that is not valid before (of random erasing) is not moved further out. Both radii are
-    in units of 1/255 of the range of a pixel, whatever the images are normalised by.
+    in units of 1/255 of the range of a pixel, whatever the images are normalised by. The paper's values are in its
+    Section 5.1.
 
     Without `random_start`, the first gradient is that of the clean pass, at delta = 0, which makes `steps` - 1 further
     passes. With it, delta begins uniformly within the radius, and each step takes a pass.
