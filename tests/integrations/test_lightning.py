@@ -27,7 +27,7 @@ from torchmetrics import Accuracy, MeanMetric, MetricCollection, Precision
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.lightning import Apart
 from tests.support.helpers import assert_same, build, snapshot
-from tests.support.loops import CASES, HYPER, batches, by_strategy, hyper_of, sgd
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, sgd
 from tests.support.processes import ranks_environment
 from tests.support.ranks import RANKS, on_two_ranks
 
@@ -120,6 +120,16 @@ def test_bit_equal_to_the_strategy_in_a_plain_loop(method, ratio, precision):
     losses = by_strategy(plain, method, parts, own_loss(plain), bfloat16=mixed, **hyper_of(method, ratio))
     assert module.said == losses
     assert_same(module.net.state_dict(), plain.state_dict(), tolerance=0)
+
+
+def test_images_are_moved():
+    parts, module, plain = batches(8, 8), Module(), build("small", dtype=torch.float32)
+    fit(module, parts, Apart("advprop", **ADVPROP, **SCALE))
+    losses = by_strategy(plain, "advprop", parts, own_loss(plain), **ADVPROP, **SCALE)
+    assert module.said == losses
+    assert_same(module.net.state_dict(), plain.state_dict(), tolerance=0)
+    with pytest.raises(ApartError, match="aux_affine=True is not taken here"):
+        Apart("advprop", aux_affine=True)
 
 
 @pytest.mark.parametrize("accumulated", [2, 3])

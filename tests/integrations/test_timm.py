@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.timm import apart
 from tests.support.helpers import ROOT, assert_same, batch, build, demo_rows, gradients, snapshot
-from tests.support.loops import CASES, HYPER, by_strategy, hyper_of
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, by_strategy, hyper_of
 
 
 def options_of(method, ratio):
@@ -70,6 +70,14 @@ def test_bit_equal_to_the_strategy_in_a_plain_loop(method, ratio, dtype):
     losses = train(task, parts, dtype)
     mixed = dtype == torch.bfloat16
     assert losses == by_strategy(plain, method, parts, own_loss(plain), bfloat16=mixed, **options_of(method, ratio))
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
+
+
+def test_images_are_moved():
+    parts = [batch(8, 16, seed=k, dtype=torch.float32) for k in range(2)]
+    model, plain = (build("small", dtype=torch.float32) for _ in range(2))
+    losses = train(apart(task_of(model), "advprop", **ADVPROP, **SCALE), parts)
+    assert losses == by_strategy(plain, "advprop", parts, own_loss(plain), **ADVPROP, **SCALE)
     assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
 
 

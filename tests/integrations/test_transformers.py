@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.transformers import ApartMixin, ApartTrainer, ApartTrainingArguments
 from tests.support.helpers import assert_same, build, randomise_batchnorm, snapshot
-from tests.support.loops import CASES, HYPER, batches, by_strategy, hyper_of, sgd
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, sgd
 from tests.support.processes import ranks_environment
 from tests.support.ranks import RANKS, on_two_ranks
 
@@ -127,6 +127,16 @@ def test_bit_equal_to_the_strategy_in_a_plain_loop(method, ratio, dtype, argumen
         plain, method, parts, own_loss(plain), bfloat16=dtype == torch.bfloat16, **hyper_of(method, ratio)
     )
     assert trainer.losses == losses
+    assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
+
+
+def test_images_are_moved(arguments):
+    """By the scale that a part of the model tells, as timm's within TimmWrapper does."""
+    parts, model, plain = batches(8, 8), Keywords(), Keywords()
+    model.net.pretrained_cfg = SCALE
+    mine = {f"apart_{key}": value for key, value in ADVPROP.items()}
+    trainer = trained(OurTrainer, model, arguments("advprop", **mine), parts)
+    assert trainer.losses == by_strategy(plain, "advprop", parts, own_loss(plain), **ADVPROP, **SCALE)
     assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
 
 

@@ -17,11 +17,13 @@ HYPER = {
     "apart-sam": {"groups": 2, "rho": 0.2},
     "random-bn": {"groups": 2},
 }
+ADVPROP = {"steps": 2, "pixel_epsilon": 2.0}  # beside them; images of the tests are told their scale
+SCALE = {"mean": [0.5, 0.4, 0.6], "std": [0.3, 0.25, 0.2]}
 CASES = [(method, ratio) for method in HYPER for ratio in (1, 0.5) if ratio == 1 or HYPER[method].get("groups")]
 
 
 def hyper_of(method, ratio):
-    return HYPER[method] | ({} if ratio == 1 else {"ratio": ratio})
+    return HYPER.get(method, {}) | ({} if ratio == 1 else {"ratio": ratio})
 
 
 def batches(*sizes, dtype=torch.float32):
