@@ -163,7 +163,8 @@ class Algorithm(StrategyState):
                 observed.enter_context(perturbation.observed(plan.samples))
             seen = shown(self.perturbations, batch)
             clean = backward if keeps else silent_for_others(backward, self._own_tensors())
-            observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
+            if plan.attempts:  # else the second pass reaches what this one does
+                observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
             result = self.one_pass(seen, loss_fn, clean, clean_weight)
             for perturbation in self.perturbations:
                 perturbation.ascend(self.generator)

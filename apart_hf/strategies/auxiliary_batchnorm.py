@@ -59,12 +59,15 @@ class AuxiliaryBatchNorm(Perturbation):
             for key in _STATISTICS
             if (tensor := getattr(layer, key)) is not None
         }
-        self._affine = {
-            f"{name}.{key}": nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        theirs = {
+            f"{name}.{key}": tensor
             for name, layer in self.layers.items()
             for key in _AFFINE
             if aux_affine and (tensor := getattr(layer, key)) is not None
         }
+        # one for each, so that what layers share is shared here
+        own = {t: nn.Parameter(t.detach().clone(), requires_grad=t.requires_grad) for t in theirs.values()}
+        self._affine = {key: own[tensor] for key, tensor in theirs.items()}
         if self.aux_affine and not self._affine:
             raise ApartError(
                 f"aux_affine=True: {type(model).__name__} has no BatchNorm layer with gamma and beta that adversarial "

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf import METHODS, ApartError, create_loss, create_strategy
+from apart_hf import METHODS, ApartError, Method, create_loss, create_strategy
+from apart_hf.strategies.input_perturbations import Inputs
+from apart_hf.strategies.weight_perturbations import Weights
 from tests.reference import reference_images_step
 from tests.support.helpers import assert_same, batch, build, gradients, snapshot
 from tests.support.oracle import PIXELS, SCALE, check_images
@@ -452,3 +454,51 @@ def test_compiled_models_keep_three_graphs():
         assert counts in ([3, 3, 3], [0, 0, 0])
     assert_same(gradients(model), gradients(eager), tolerance=1e-4)
     torch._dynamo.reset()
+
+
+def test_weights_and_images_at_once(monkeypatch):
+    """A line of the table: the images climb, in steps, on the network whose weights SAM has moved."""
+    monkeypatch.setitem(METHODS, "sam-images", Method("", (Weights, Inputs), keeps_clean_gradient=False))
+    model, (images, targets) = made("small"), batch(8, 12)
+    network = copy.deepcopy(model)
+    phi = list(network.parameters())
+    mean, std = (torch.tensor(SCALE[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std"))
+    unit = 1 / (255 * std)
+    x = images.clone().requires_grad_()
+    *g, g_x = torch.autograd.grad(cross_entropy(network(x), targets), [*phi, x])
+    norm = torch.sqrt(sum(part.square().sum() for part in g))
+    with torch.no_grad():
+        for p, part in zip(phi, g):
+            p.add_(0.1 * part / norm)
+    black, white = (0 - mean) / std, (1 - mean) / std
+    bounds = (black - images).clamp(max=0), (white - images).clamp(min=0)
+    d = (unit * g_x.sign()).clamp(*bounds)
+    for _ in range(2):
+        at = (images + d).requires_grad_()
+        (g_x,) = torch.autograd.grad(cross_entropy(network(at), targets), at)
+        d = (d + unit * g_x.sign()).clamp(*bounds)
+    want = torch.autograd.grad(cross_entropy(network(images + d), targets), phi)
+    strategy = create_strategy("sam-images", model, rho=0.1, steps=3, pixel_epsilon=255, **SCALE)
+    strategy.accumulate_gradients(images, targets, cross_entropy)
+    assert_same(gradients(model), dict(zip((n for n, _ in model.named_parameters()), want)))
+    assert strategy.passes == 4
+
+
+def test_layers_that_share_gamma_share_the_auxiliary_one():
+    model = made("small")
+    model.bn2.weight = model.bn1.weight
+    strategy = create_strategy("advprop", model, aux_affine=True, **ADVPROP)
+    assert len(list(strategy.parameters())) == 3 == len({id(p) for p in strategy.parameters()})
+    strategy.accumulate_gradients(*batch(8, 12), cross_entropy)
+    assert all(p.grad.any() for p in strategy.parameters())
+
+
+def test_a_halved_ordinary_pass_is_one_also_for_balanced_updates(monkeypatch):
+    """What other processes await: a batch that does not fit takes an ordinary pass in two halves."""
+    monkeypatch.setattr("apart_hf.strategies.algorithm.processes", lambda: 2)
+    model, (images, targets) = made("small"), batch(6, 12)
+    plain = copy.deepcopy(model)
+    cross_entropy(plain(images), targets).backward()
+    strategy = create_strategy("fast-advprop", model, uneven="plain", aux_affine=True, **SCALE)
+    strategy.accumulate_gradients(images, targets, cross_entropy)
+    assert_same(gradients(model), gradients(plain))
