@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apart_hf.training.progress import learning_rate
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from apart_hf.training.trainer import Trainer
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Compute the Euclidean norm of the gradient of all parameters together."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def gradient_norm(trainer: Trainer) -> Tensor:
+    """Compute the Euclidean norm of the gradient of all that is trained: the model, and what its strategy holds."""
+    trained = (*trainer.model.parameters(), *trainer.strategy.parameters())
+    gradients = [p.grad for p in trained if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
@@ -63,7 +64,7 @@ class StepFigures:
         if loss is not None:
             self._of_step += torch.stack([loss, torch.ones_like(loss)]).to(self._of_step)
         if good and self.is_due(step):
-            norm = gradient_norm(self.trainer.model) if norm is None else norm
+            norm = gradient_norm(self.trainer) if norm is None else norm
             scaler = self.trainer.accelerator.scaler
             self._norm = norm if scaler is None else norm / scaler.get_scale()
 

@@ -130,7 +130,7 @@ class StepGraphs:
         strategy.steps = made
         loss, output = self._step.gradient(images, targets)
         trainer.guard.note(self._number, loss)
-        norm = None if trainer.figures is None else gradient_norm(trainer.model)
+        norm = None if trainer.figures is None else gradient_norm(trainer)
         with self._update.within():
             self._step.update()
         trainer.optimizer.zero_grad()
