@@ -22,8 +22,9 @@ TRAIN = [sys.executable, str(ROOT / "scripts/train.py")]
 
 def command(data, output, *more):
     """A run of 72 steps on 72 images that writes a checkpoint at every third and goes on by itself."""
-    flags = "--model test_resnet --groups 2 -b 8 --epochs 8 --lr 0.02 --threads 1 --checkpoint-every 3 --resume auto"
-    return [*TRAIN, *flags.split(), "--data-dir", data, "--output", str(output), "--experiment", "run", *more]
+    flags = "--model test_resnet -b 8 --epochs 8 --lr 0.02 --threads 1 --checkpoint-every 3 --resume auto"
+    groups = [] if "advprop" in more else ["--groups", "2"]
+    return [*TRAIN, *flags.split(), *groups, "--data-dir", data, "--output", str(output), "--experiment", "run", *more]
 
 
 def start(command, log=subprocess.PIPE, own_group=False, **env):
