@@ -75,6 +75,7 @@ class Inputs(Perturbation):
         self.steps, self.random_start = steps, checked_option("random_start", random_start)
         self._mean, self._std = pixel_scale(model, mean, std)
         self._rows, self._climbs = 0, False
+        self._units: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
         self._images: Tensor | None = None  # of the latest pass
         self._delta: Tensor | None = None
         self._size = torch.tensor(float("nan"))
@@ -116,8 +117,7 @@ class Inputs(Perturbation):
         images, delta = self._images, self._delta
         if images is None or delta is None:
             raise ApartError("the loss function was not given the images; compute the loss from the batch.")
-        # of a step of 1/255, in the units of the images
-        unit = of_channels([1 / (255 * std) for std in self._std], images, "std")
+        unit, black, white = self._in_units_of(images)
         radius = self.pixel_epsilon * unit
         if not delta.requires_grad:  # as the first ascent of a random start finds it
             device = draw_device(generator, self.model)
@@ -132,12 +132,19 @@ class Inputs(Perturbation):
             # comparisons with NaN are false: an overflow gives no sign
             sign = (delta.grad > 0).to(delta.dtype) - (delta.grad < 0).to(delta.dtype)
             delta = delta.detach() + self.pixel_step * unit * sign
-        mean = of_channels(self._mean, images, "mean")
-        black, white = -255 * unit * mean, 255 * unit * (1 - mean)
         lower = torch.maximum(-radius, black - images).clamp(max=0)
         upper = torch.minimum(radius, white - images).clamp(min=0)
         self._delta = torch.minimum(torch.maximum(delta, lower), upper)
         self._size = (self._delta.abs() / unit).mean()
+
+    def _in_units_of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return 1/255 of a pixel's range, and its two ends, as images have them; made once, so that nothing waits."""
+        kind = images.shape[1], images.dtype, images.device
+        if self._units is None or self._units[0] != kind:
+            unit = of_channels([1 / (255 * std) for std in self._std], images, "std")
+            mean = of_channels(self._mean, images, "mean")
+            self._units = kind, (unit, -255 * unit * mean, 255 * unit * (1 - mean))
+        return self._units[1]
 
     def select(self, chosen: Tensor | None) -> None:
         delta = self._delta
