@@ -66,6 +66,8 @@ METHODS = {
     "asam": (None, "asam", False),
     "apart-asam": ("gradient", "asam", True),
     "sam-on": (None, "sam-on", False),
+    "gsam": (None, "sam", False),
+    "awp": (None, "awp", False),
     "random-bn": ("random", None, True),
     "ghost-bn": ("none", None, True),
 }
@@ -94,6 +96,25 @@ def _uphill(kind, model, names, g, rho, eta):
     return [rho * part / size for part in t_t_g]
 
 
+def _relatively_uphill(model, names, g, gamma):
+    """AWP's step: gamma ||w|| g / ||g|| in each weight of two dimensions or more, none in what is called otherwise."""
+    weights, steps = dict(model.named_parameters()), []
+    for name, part in zip(names, g):
+        w = weights[name].detach()
+        if part is None or w.dim() < 2 or "weight" not in name.split(".")[-1] or not part.any():
+            steps.append(torch.zeros_like(w))
+        else:
+            steps.append(gamma * w.square().sum().sqrt() * part / part.square().sum().sqrt())
+    return steps
+
+
+def _surrogate_gap(g, h, alpha):
+    """GSAM's direction: the perturbed h less alpha times what is left of the clean g without its part along h."""
+    along = sum((a * b).sum() for a, b in zip(g, h) if a is not None and b is not None)
+    size = sum(b.square().sum() for b in h if b is not None)
+    return [None if a is None else b - alpha * (a - along / size * b) for a, b in zip(g, h)]
+
+
 def reference_step(
     model,
     images,
@@ -106,6 +127,8 @@ def reference_step(
     ratio=1.0,
     rho=0.05,
     eta=0.01,
+    gamma=0.005,
+    alpha=0.01,
     local_attack=False,
     global_norm=False,
     generator=None,
@@ -161,7 +184,11 @@ def reference_step(
         phi = [p for p in replica.parameters() if p.requires_grad]
         # Eq. 7 with p = 2
         if weight_kind:
-            steps = _uphill(weight_kind, replica, names, _mean(g_phi) if global_norm else g, rho, eta)
+            climbed = _mean(g_phi) if global_norm else g
+            if weight_kind == "awp":
+                steps = _relatively_uphill(replica, names, climbed, gamma)
+            else:
+                steps = _uphill(weight_kind, replica, names, climbed, rho, eta)
             with torch.no_grad():
                 for p, step in zip(phi, steps):
                     p += step
@@ -176,7 +203,9 @@ def reference_step(
                 if part is not None:
                     h[k] = part / n if h[k] is None else h[k] + part / n
         # line 12
-        if not keeps_clean:
+        if method == "gsam":
+            combined.append(_surrogate_gap(g, h, alpha))
+        elif not keeps_clean:
             combined.append(h)
         else:
             combined.append([None if a is None else M / (M + N) * a + N / (M + N) * b for a, b in zip(g, h)])

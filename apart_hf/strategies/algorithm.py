@@ -124,7 +124,7 @@ class Algorithm(StrategyState):
         return None if processes() == 1 else Plan(samples, samples, [])
 
     def one_pass(
-        self, batch: Any, loss_fn: LossFunction, backward: Backward, weight: float = 1.0
+        self, batch: Any, loss_fn: LossFunction, backward: Backward, weight: float | Tensor = 1.0
     ) -> tuple[Tensor, Any]:
         """Compute loss and gradient of a batch.
 
@@ -138,7 +138,9 @@ class Algorithm(StrategyState):
         with self._autocast():
             loss, aux = split_result(loss_fn(batch))
         loss = check_loss(loss)
-        backward(loss if weight == 1.0 else loss * weight)
+        if isinstance(weight, Tensor):
+            weight = weight.to(loss.device)
+        backward(loss * weight if isinstance(weight, Tensor) or weight != 1.0 else loss)
         return loss.detach(), detached(aux)
 
     def two_passes(self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan) -> tuple[Tensor, Any]:
@@ -151,37 +153,36 @@ class Algorithm(StrategyState):
         Returns:
             (loss, aux) of the clean pass, detached.
         """
-        keeps = self.method.keeps_clean_gradient
+        combination = self.combination
+        keeps = combination.keeps_clean_gradient
         clean_weight, perturbed_weight = self._weights(plan)
         modules = list(self.model.modules())
         batchnorms = [m for m in modules if isinstance(m, _BatchNorm)]
         others = [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
         buffers = [(b, b._version) for m in others for b in m.buffers(recurse=False)]
-        isolated = isolated_gradients(self.model) if self._isolates else nullcontext()
-        with isolated, unsynchronised(self.model), ExitStack() as observed:
-            for perturbation in self.perturbations:
-                observed.enter_context(perturbation.observed(plan.samples))
-            seen = shown(self.perturbations, batch)
-            clean = backward if keeps else silent_for_others(backward, self._own_tensors())
-            if plan.attempts:  # else the second pass reaches what this one does
-                observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
-            result = self.one_pass(seen, loss_fn, clean, clean_weight)
-            for perturbation in self.perturbations:
-                perturbation.ascend(self.generator)
-            if not keeps:
-                # times zero rather than dropped: a non-finite gradient stays visible to GradScaler
-                torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 0.0)
-        with untracked_statistics(batchnorms), kept_buffers(buffers):
-            self._second_pass(batch, loss_fn, backward, plan, perturbed_weight)
+        isolated = isolated_gradients(self.model) if self._isolates or not keeps else nullcontext()
+        with combination.combining():
+            with isolated, unsynchronised(self.model), ExitStack() as observed:
+                for perturbation in self.perturbations:
+                    observed.enter_context(perturbation.observed(plan.samples))
+                seen = shown(self.perturbations, batch)
+                clean = backward if keeps else silent_for_others(backward, self._own_tensors())
+                if plan.attempts:  # else the second pass reaches what this one does
+                    observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
+                result = self.one_pass(seen, loss_fn, clean, clean_weight)
+                for perturbation in self.perturbations:
+                    perturbation.ascend(self.generator)
+                factor = combination.set_aside()
+            with untracked_statistics(batchnorms), kept_buffers(buffers):
+                self._second_pass(batch, loss_fn, backward, plan, perturbed_weight * factor)
         return result
 
     def _weights(self, plan: Plan) -> tuple[float, float]:
         """Return what the two gradients are weighted by."""
-        if not self.method.keeps_clean_gradient:
-            return 1.0, 1.0
-        return plan.weights if self.method.weights is None else self.method.weights(plan.samples, plan.size)
+        weights = self.method.weights
+        return self.combination.weights(plan) if weights is None else weights(plan.samples, plan.size)
 
-    def _synchronised(self, parameters: Iterable[Tensor], weight: float) -> AbstractContextManager[None]:
+    def _synchronised(self, parameters: Iterable[Tensor], weight: float | Tensor) -> AbstractContextManager[None]:
         """Let parameters that only one pass reaches have its gradient whole, where the method balances the two.
 
         By Mei et al. 2022, "Synchronizing parameter updating speed".
@@ -200,7 +201,9 @@ class Algorithm(StrategyState):
             map_tensors(add, {key: value for key, value in vars(perturbation).items() if key != "model"})
         return own
 
-    def _second_pass(self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan, weight: float) -> None:
+    def _second_pass(
+        self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan, weight: float | Tensor
+    ) -> None:
         chosen = None
         if plan.size < plan.samples:
             device = draw_device(self.generator, self.model)

@@ -20,6 +20,8 @@ MethodName = Literal[
     "asam",
     "apart-asam",
     "sam-on",
+    "gsam",
+    "awp",
     "random-bn",
     "ghost-bn",
     "advprop",
@@ -92,6 +94,15 @@ class _Pixels(TypedDict, total=False):
 class _AdvProp(_Pixels, total=False):
     ratio: float
     aux_affine: bool
+
+
+class _Gsam(_Sam, total=False):
+    alpha: float
+
+
+class _Awp(TypedDict, total=False):
+    gamma: float
+    global_norm: bool
 
 
 class GhostBN(_GhostBN, Standard, total=False):
@@ -171,4 +182,20 @@ class ApartAdvProp(_Apart, _Pixels, Standard, total=False):
 
 
 class ApartAdvPropLoss(_Apart, _Pixels, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class Gsam(_Gsam, Standard, total=False):
+    """Weights that are perturbed by `rho`, and `alpha` of the surrogate gap's gradient."""
+
+
+class GsamLoss(_Gsam, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class Awp(_Awp, Standard, total=False):
+    """Weights that are perturbed by `gamma` of their norms."""
+
+
+class AwpLoss(_Awp, LossOptions, total=False):
     """The same for `create_loss`."""

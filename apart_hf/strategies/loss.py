@@ -56,6 +56,17 @@ def create_loss(
 ) -> TwoPassLoss[Batch, Result]: ...
 @overload
 def create_loss(
+    name: Literal["gsam"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.GsamLoss],
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
+    name: Literal["awp"], model: nn.Module, loss_fn: Callable[[Any, Batch], Result], **options: Unpack[declared.AwpLoss]
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
     name: Literal["random-bn"],
     model: nn.Module,
     loss_fn: Callable[[Any, Batch], Result],

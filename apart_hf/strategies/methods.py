@@ -15,12 +15,13 @@ from apart_hf.strategies import hyper_parameters as declared
 from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
 from apart_hf.strategies.checks import check_model
+from apart_hf.strategies.combination import MeanBySamples, PerturbedAlone, SurrogateGap
 from apart_hf.strategies.fitting import balanced
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.input_perturbations import Inputs, OneStepInputs
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass import TwoPassStrategy
-from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, Weights
+from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, RelativeWeights, Weights
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Method:
         defaults: hyper-parameters that differ from the perturbations' own defaults.
         weights: gives the weights of both gradients from M and N, in the place of Algorithm 1's. Parameters that only
             one of the two reaches then have that one's gradient whole.
+        combination: the class of how the two gradients become one, where that is neither; it then decides
+            `keeps_clean_gradient`.
 
     Example:
         >>> from apart_hf import METHODS
@@ -51,6 +54,12 @@ class Method:
     keeps_clean_gradient: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
     weights: Callable[[int, int], tuple[float, float]] | None = None
+    combination: type[MeanBySamples] = MeanBySamples
+
+    def __post_init__(self) -> None:
+        if self.combination is MeanBySamples and not self.keeps_clean_gradient:
+            object.__setattr__(self, "combination", PerturbedAlone)
+        object.__setattr__(self, "keeps_clean_gradient", self.combination.keeps_clean_gradient)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """List every hyper-parameter of the method with its default: numbers, then options.
@@ -64,6 +73,7 @@ class Method:
             {'rho': 0.05, 'global_norm': False}
         """
         found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
+        found |= self.combination.defaults
         if self.perturbations and self.keeps_clean_gradient:
             found["ratio"] = 1.0
         found |= self.defaults
@@ -104,6 +114,12 @@ METHODS: dict[str, Method] = {
     "apart-asam": Method("apart and asam at once", (AdversarialStatistics, AdaptiveWeights)),
     "sam-on": Method(
         "weights of normalisation layers (Mueller et al. 2023)", (NormalisationWeights,), keeps_clean_gradient=False
+    ),
+    "gsam": Method("sam, and the surrogate gap (Zhuang et al. 2022)", (Weights,), combination=SurrogateGap),
+    "awp": Method(
+        "weights perturbed by a share of each one's norm (Wu et al. 2020)",
+        (RelativeWeights,),
+        keeps_clean_gradient=False,
     ),
     "random-bn": Method("apart with random signs", (RandomStatistics,)),
     "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
@@ -154,6 +170,10 @@ def create_strategy(
 def create_strategy(
     name: Literal["apart-asam"], model: nn.Module, **options: Unpack[declared.ApartAsam]
 ) -> TwoPassStrategy: ...
+@overload
+def create_strategy(name: Literal["gsam"], model: nn.Module, **options: Unpack[declared.Gsam]) -> TwoPassStrategy: ...
+@overload
+def create_strategy(name: Literal["awp"], model: nn.Module, **options: Unpack[declared.Awp]) -> TwoPassStrategy: ...
 @overload
 def create_strategy(
     name: Literal["random-bn"], model: nn.Module, **options: Unpack[declared.RandomBN]
@@ -217,6 +237,8 @@ def create_strategy(
               1/255, in [0, 255]; and the number of steps, >= 1.
             - random_start: whether that perturbation begins at random, which takes one more pass.
             - aux_affine: whether auxiliary BN has a gamma and beta of its own; see `TwoPassStrategy.parameters`.
+            - gamma: radius of awp's step in each weight, as a share of the weight's norm, >= 0.
+            - alpha: share of the clean gradient's part that is orthogonal to the perturbed one, in gsam, >= 0.
             - local_attack, global_norm: with several processes, whether each attacks the statistics by the gradient of
               its own batch, and whether all climb the mean of their weights' gradients.
 

@@ -17,6 +17,7 @@ from apart_hf.strategies.saved_state import check_state, made_with, say_overridd
 from apart_hf.strategies.scalars import python_number, python_numbers
 
 if TYPE_CHECKING:
+    from apart_hf.strategies.combination import MeanBySamples
     from apart_hf.strategies.methods import Method
     from apart_hf.strategies.perturbation import Perturbation
 
@@ -53,6 +54,7 @@ class StrategyState:
         self._check(hyper, every, uneven)
         self._pixel_scale = {"mean": mean, "std": std}
         self.perturbations = self._made(hyper)
+        self.combination = self._combined(hyper)
         self._made_with = self._in_use()
 
     def __repr__(self) -> str:
@@ -139,7 +141,9 @@ class StrategyState:
         same = (bool, int, float, str)  # a tensor, say, is for the perturbation to judge
         changed = frozenset(k for k, v in hyper.items() if not isinstance(v, same) or v != self.hyper[k])
         if changed:
-            self._take_over(self._made(hyper), changed)
+            made, combination = self._made(hyper), self._combined(hyper)
+            self._take_over(made, changed)
+            self.combination = combination
         self.hyper, self.every, self.uneven = HyperParameters(hyper), every, uneven
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +252,11 @@ class StrategyState:
             scale = self._pixel_scale if kind.takes_pixel_scale else {}
             made.append(kind(self.model, **{key: hyper[key] for key in kind.defaults}, **scale))
         return made
+
+    def _combined(self, hyper: dict[str, Any]) -> MeanBySamples:
+        """Make the combination of the method, which checks its own hyper-parameters."""
+        kind = self.method.combination
+        return kind(self.model, **{key: hyper[key] for key in kind.defaults})
 
     def _take_over(self, made: list[Perturbation], changed: frozenset[str]) -> None:
         """Give the perturbations that are in use the hyper-parameters of others that were made, and so checked."""

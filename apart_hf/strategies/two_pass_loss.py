@@ -7,7 +7,6 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from apart_hf.errors import ApartError
 from apart_hf.strategies.autocast import AmbientAutocast
@@ -15,6 +14,7 @@ from apart_hf.strategies.batches import detached
 from apart_hf.strategies.checks import check_criterion, check_loss, check_model, split_result
 from apart_hf.strategies.ddp import find_ddp, runs_within, within_forward
 from apart_hf.strategies.fitting import Plan
+from apart_hf.strategies.gradients import handed_on
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
 from apart_hf.strategies.machine import averaged, processes
@@ -48,22 +48,6 @@ def check_options(name: str, hyper: Iterable[str], elsewhere: Mapping[str, str] 
         if key in elsewhere:
             raise ApartError(f"{key}= is not taken here: {elsewhere[key]}.")
     check_hyper_parameters(name, hyper)
-
-
-class _Finished(torch.autograd.Function):
-    """A loss whose gradients are known: its backward gives them, times what comes from above."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        """Take the loss, and as many leaves as gradients: (loss, count, *leaves, *gradients)."""
-        ctx.save_for_backward(*tensors[count:])
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [gradient * scale.to(gradient.device) for gradient in ctx.saved_tensors]
-        return None, None, *gradients, *[None] * len(gradients)
 
 
 class TwoPassLoss(Generic[Batch, Result]):
@@ -175,8 +159,7 @@ class TwoPassLoss(Generic[Batch, Result]):
             held = [p for p in self.strategy.parameters() if p.requires_grad]
             if self._ddp is not None and held and processes() > 1:
                 found |= zip(held, averaged([found.get(p, torch.zeros_like(p)) for p in held]))
-            leaves, gradients = list(found), list(found.values())
-        return _Finished.apply(loss, len(leaves), *leaves, *gradients), aux
+        return handed_on(loss, list(found.items())), aux
 
     def set(self, **changes: Any) -> None:
         """Change hyper-parameters between two steps, see `TwoPassStrategy.set`.
