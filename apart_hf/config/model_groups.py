@@ -157,10 +157,16 @@ class MethodGroup:
     )
     rho: float | None = _method_setting(
         None,
-        "radius of SAM's step in the weights [sam: 0.05; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]",
+        "radius of SAM's step in the weights [sam: 0.05; gsam: 0.04; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]",
         role="what",
     )
     eta: float | None = _method_setting(None, "asam: added to the weights' sizes [0.01]", role="what")
+    gamma: float | None = _method_setting(
+        None, "awp: radius of the step in each weight, a share of its norm [0.005]", role="what"
+    )
+    alpha: float | None = _method_setting(
+        None, "gsam: share of the clean gradient's part that is orthogonal to the perturbed one [0.01]", role="what"
+    )
     pixel_epsilon: float | None = _method_setting(
         None,
         "largest change of a pixel, in units of 1/255 [advprop: 4; fast-advprop: 1]",

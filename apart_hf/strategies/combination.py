@@ -37,6 +37,7 @@ class MeanBySamples:
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model
         self._stays: set[nn.Parameter] = set()
+        self._dropped: list[nn.Parameter] = []
 
     def weights(self, plan: Plan) -> tuple[float, float]:
         """Return the weights of the clean and of the perturbed loss, for a plan of the second pass."""
@@ -69,8 +70,10 @@ class PerturbedAlone(MeanBySamples):
     def combining(self) -> Iterator[None]:
         # in place where there is a gradient already: DDP's are views of its buckets
         self._stays = {p for p in self.model.parameters() if p.grad is not None}
+        self._dropped = []
         yield
-        self._stays = set()
+        for p in self._dropped:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
     @torch.no_grad()
     def set_aside(self) -> Tensor | float:
@@ -79,9 +82,9 @@ class PerturbedAlone(MeanBySamples):
             return 1.0
         torch._foreach_mul_(gradients, 0.0)
         visible = torch.stack(torch._foreach_norm(gradients)).sum() + 1.0
-        for p in self.model.parameters():
-            if p not in self._stays:
-                p.grad = None  # the second backward then gives its own, and need not add it
+        self._dropped = [p for p in self.model.parameters() if p.grad is not None and p not in self._stays]
+        for p in self._dropped:
+            p.grad = None  # the second backward then gives its own, and need not add it
         return visible
 
     def _clean(self) -> list[Tensor]:
@@ -110,7 +113,7 @@ class SurrogateGap(PerturbedAlone):
     def __init__(self, model: nn.Module, *, alpha: float):
         super().__init__(model)
         self.alpha = checked_radius("alpha", alpha, "GSAM's paper uses 0.005 to 1", what="share of the orthogonal part")
-        self._ddp = find_ddp(model)
+        self._ddp = find_ddp(model, warns=False)
         self._clean_gradient: tuple[list[nn.Parameter], Tensor] | None = None
 
     @contextmanager
@@ -157,6 +160,7 @@ class SurrogateGap(PerturbedAlone):
 
     def _taken(self) -> list[tuple[Tensor, Tensor]]:
         """Take the gradients out of p.grad."""
+        self._dropped = []
         found: list[tuple[Tensor, Tensor]] = []
         for p in self.model.parameters():
             if p.grad is None:

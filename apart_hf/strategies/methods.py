@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
@@ -15,93 +14,16 @@ from apart_hf.strategies import hyper_parameters as declared
 from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
 from apart_hf.strategies.checks import check_model
-from apart_hf.strategies.combination import MeanBySamples, PerturbedAlone, SurrogateGap
+from apart_hf.strategies.combination import SurrogateGap
 from apart_hf.strategies.fitting import balanced
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.input_perturbations import Inputs, OneStepInputs
+from apart_hf.strategies.method import Method as Method
 from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.scalars import checked_option
+from apart_hf.strategies.selection import listed_method
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, RelativeWeights, Weights
-
-
-@dataclass(frozen=True)
-class Method:
-    """A named point of the min-max scheme of Eq. 2, in the table `METHODS`.
-
-    Args:
-        summary: one line for `--help` and the docs.
-        perturbations: the classes of what is moved before the second pass; none: a plain step.
-        keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
-            False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
-        defaults: hyper-parameters that differ from the perturbations' own defaults.
-        weights: gives the weights of both gradients from M and N, in the place of Algorithm 1's. Parameters that only
-            one of the two reaches then have that one's gradient whole.
-        combination: the class of how the two gradients become one, where that is neither; it then decides
-            `keeps_clean_gradient`.
-
-    Example:
-        >>> from apart_hf import METHODS
-        >>> METHODS["apart"].summary
-        'perturbed BN statistics (Algorithm 1)'
-        >>> METHODS["apart"].hyper_parameters()
-        {'epsilon': 0.1, 'groups': 16, 'ratio': 1.0, 'local_attack': False}
-        >>> METHODS["apart"].passes(ratio=0.5, every=2)
-        1.25
-    """
-
-    summary: str
-    perturbations: tuple[type[Perturbation], ...] = ()
-    keeps_clean_gradient: bool = True
-    defaults: dict[str, Any] = field(default_factory=dict)
-    weights: Callable[[int, int], tuple[float, float]] | None = None
-    combination: type[MeanBySamples] = MeanBySamples
-
-    def __post_init__(self) -> None:
-        if self.combination is MeanBySamples and not self.keeps_clean_gradient:
-            object.__setattr__(self, "combination", PerturbedAlone)
-        object.__setattr__(self, "keeps_clean_gradient", self.combination.keeps_clean_gradient)
-
-    def hyper_parameters(self) -> dict[str, Any]:
-        """List every hyper-parameter of the method with its default: numbers, then options.
-
-        Returns:
-            The defaults by the names that `create_strategy` takes.
-
-        Example:
-            >>> from apart_hf import METHODS
-            >>> METHODS["sam"].hyper_parameters()
-            {'rho': 0.05, 'global_norm': False}
-        """
-        found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
-        found |= self.combination.defaults
-        if self.perturbations and self.keeps_clean_gradient:
-            found["ratio"] = 1.0
-        found |= self.defaults
-        return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
-
-    def passes(self, ratio: float | None = None, every: int = 1, **hyper: Any) -> float:
-        """Tell the mean cost of a step, in passes (forward and backward) over the batch.
-
-        Args:
-            ratio: N/M, the share of the batch in the second pass; None: the method's own.
-            every: how many steps there are to one with a second pass.
-            **hyper: further hyper-parameters, where they are not the method's own.
-
-        Returns:
-            1 for a plain step, 1 + ratio (1 + K) / every where there is a second pass, with K passes of the ascent
-            before it (`Perturbation.further_passes`).
-
-        Example:
-            >>> from apart_hf import METHODS
-            >>> METHODS["standard"].passes(), METHODS["apart"].passes(), METHODS["apart"].passes(every=4)
-            (1.0, 2.0, 1.25)
-        """
-        if not self.perturbations:
-            return 1.0
-        hyper = self.hyper_parameters() | hyper
-        further = max(p.further_passes(**{key: hyper[key] for key in p.defaults}) for p in self.perturbations)
-        return 1 + (hyper.get("ratio", 1.0) if ratio is None else ratio) * (1 + further) / every
-
 
 METHODS: dict[str, Method] = {
     "standard": Method("one ordinary pass"),
@@ -115,7 +37,9 @@ METHODS: dict[str, Method] = {
     "sam-on": Method(
         "weights of normalisation layers (Mueller et al. 2023)", (NormalisationWeights,), keeps_clean_gradient=False
     ),
-    "gsam": Method("sam, and the surrogate gap (Zhuang et al. 2022)", (Weights,), combination=SurrogateGap),
+    "gsam": Method(
+        "sam, and the surrogate gap (Zhuang et al. 2022)", (Weights,), defaults={"rho": 0.04}, combination=SurrogateGap
+    ),
     "awp": Method(
         "weights perturbed by a share of each one's norm (Wu et al. 2020)",
         (RelativeWeights,),
@@ -194,10 +118,26 @@ def create_strategy(
 def create_strategy(
     name: Literal["apart-advprop"], model: nn.Module, **options: Unpack[declared.ApartAdvProp]
 ) -> TwoPassStrategy: ...
+@overload
 def create_strategy(
-    name: str,
+    name: Sequence[MethodName | Perturbation],
     model: nn.Module,
     *,
+    keeps_clean_gradient: bool = True,
+    accelerator: declared.HasBackward | None = None,
+    generator: torch.Generator | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    every: int = 1,
+    uneven: declared.Uneven = "error",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **hyper: Any,
+) -> TwoPassStrategy: ...
+def create_strategy(
+    name: str | Sequence[str | Perturbation],
+    model: nn.Module,
+    *,
+    keeps_clean_gradient: bool | None = None,
     accelerator: declared.HasBackward | None = None,
     generator: torch.Generator | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -213,8 +153,10 @@ def create_strategy(
     are. Type checkers know which hyper-parameters each method has.
 
     Args:
-        name: one of `list_strategies()`.
+        name: one of `list_strategies()`. Or a list of such names, which lend their perturbations, and of `Perturbation`
+            objects of your own, made for this model: all are applied at once.
         model: the network; may be wrapped (DDP, compiled). After `accelerator.prepare`, where that is used.
+        keeps_clean_gradient: of a list alone, where it is True by default; see `Method`.
         accelerator: an `accelerate.Accelerator`; its `backward` is then the default backward.
         generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
             generator.
@@ -252,7 +194,7 @@ def create_strategy(
 
     Example:
         >>> import timm, torch
-        >>> from apart_hf import create_strategy
+        >>> from apart_hf import Perturbation, create_strategy
         >>> model = timm.create_model("test_resnet", num_classes=10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> strategy = create_strategy("apart", model, epsilon=0.1, groups=4)
@@ -261,14 +203,18 @@ def create_strategy(
         >>> optimizer.step(); optimizer.zero_grad()
         >>> strategy, tuple(output.shape)
         (apart(epsilon=0.1, groups=4, ratio=1.0), (8, 10))
+        >>> class Noise(Perturbation):
+        ...     pass  # `Perturbation` says what to define
+        >>> create_strategy(["apart", Noise(model)], model, groups=4)
+        apart+Noise(epsilon=0.1, groups=4, ratio=1.0)
     """
-    known = check_hyper_parameters(name, hyper)
+    title, method = chosen_method(name, model, hyper, keeps_clean_gradient)
     check_model(model, accelerator)
     return TwoPassStrategy(
-        name,
-        METHODS[name],
+        title,
+        method,
         model,
-        known | hyper,
+        method.hyper_parameters() | hyper,
         accelerator=accelerator,
         generator=generator,
         autocast=autocast,
@@ -277,6 +223,34 @@ def create_strategy(
         mean=mean,
         std=std,
     )
+
+
+def chosen_method(
+    name: Any, model: nn.Module, hyper: Iterable[str], keeps_clean_gradient: bool | None = None
+) -> tuple[str, Method]:
+    """Find a method by its name, or make that of a list, see `create_strategy`.
+
+    Returns:
+        Its name, and the method.
+
+    Raises:
+        ApartError: as `check_hyper_parameters` and `listed_method` do.
+    """
+    if not isinstance(name, Sequence) or isinstance(name, str):
+        check_hyper_parameters(name, hyper)
+        if keeps_clean_gradient is not None:
+            raise ApartError(
+                f"keeps_clean_gradient={keeps_clean_gradient!r}: the method {name!r} decides that; leave it out, or "
+                f"pass a list of perturbations, [{name!r}]."
+            )
+        return name, METHODS[name]
+    for one in name:
+        if isinstance(one, str):
+            check_hyper_parameters(one, ())
+    keeps = True if keeps_clean_gradient is None else checked_option("keeps_clean_gradient", keeps_clean_gradient)
+    title, method = listed_method(name, model, METHODS, hyper, keeps)
+    _check_known(title, method, hyper)
+    return title, method
 
 
 def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
@@ -292,7 +266,11 @@ def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
         )
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
-    known = METHODS[name].hyper_parameters()
+    return _check_known(name, METHODS[name], hyper)
+
+
+def _check_known(name: str, method: Method, hyper: Iterable[str]) -> dict[str, Any]:
+    known = method.hyper_parameters()
     for key in hyper:
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"

@@ -18,7 +18,8 @@ from apart_hf.strategies.gradients import handed_on
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
 from apart_hf.strategies.machine import averaged, processes
-from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
+from apart_hf.strategies.methods import check_hyper_parameters, chosen_method, create_strategy
+from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.wrapping import WrappingCheck
 
 Batch = TypeVar("Batch")
@@ -44,17 +45,22 @@ def check_options(name: str, hyper: Iterable[str], elsewhere: Mapping[str, str] 
     Raises:
         ApartError: for an unknown method, too.
     """
+    check_elsewhere(hyper, elsewhere)
+    check_hyper_parameters(name, hyper)
+
+
+def check_elsewhere(hyper: Iterable[str], elsewhere: Mapping[str, str] = _ELSEWHERE) -> None:
+    """Refuse what a strategy takes and a loss has no use for, see `check_options`."""
     for key in hyper:
         if key in elsewhere:
             raise ApartError(f"{key}= is not taken here: {elsewhere[key]}.")
-    check_hyper_parameters(name, hyper)
 
 
 class TwoPassLoss(Generic[Batch, Result]):
     """A loss that makes both passes, for loops that own the backward. It is made by `create_loss`.
 
     Args:
-        name, generator, every, uneven, hyper, mean, std: see `create_loss`.
+        name, keeps_clean_gradient, generator, every, uneven, hyper, mean, std: see `create_loss`.
         model: the network, possibly wrapped.
         loss_fn: loss_fn(model, batch) -> loss, or (loss, aux).
 
@@ -73,10 +79,11 @@ class TwoPassLoss(Generic[Batch, Result]):
 
     def __init__(
         self,
-        name: MethodName,
+        name: str | Sequence[str | Perturbation],
         model: nn.Module,
         loss_fn: Callable[[Any, Batch], Result],
         *,
+        keeps_clean_gradient: bool | None,
         generator: torch.Generator | None,
         every: int,
         uneven: Uneven,
@@ -84,21 +91,23 @@ class TwoPassLoss(Generic[Batch, Result]):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        check_options(name, hyper)
+        check_elsewhere(hyper)
+        _, method = chosen_method(name, model, hyper, keeps_clean_gradient)
         check_model(model)
         if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
             raise ApartError(
                 f"loss_fn is an object of type {type(loss_fn).__name__}, and is to be a function of model and batch: "
                 "lambda model, batch: criterion(model(batch[0]), batch[1])."
             )
-        if METHODS[name].perturbations:
+        if method.perturbations:
             check_criterion(loss_fn)
         self.model, self.loss_fn = model, loss_fn
         self._ddp = find_ddp(model)
         network = model if self._ddp is None else self._ddp.module
         self._autocast = AmbientAutocast(network)
         options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, "mean": mean, "std": std}
-        self.strategy = create_strategy(name, network, autocast=self._autocast.again, **options, **hyper)
+        options |= hyper if keeps_clean_gradient is None else {**hyper, "keeps_clean_gradient": keeps_clean_gradient}
+        self.strategy = create_strategy(cast(MethodName, name), network, autocast=self._autocast.again, **options)
         self._backward, self._wrapping = InnerBackward(network), WrappingCheck(model)
 
     def __call__(
