@@ -28,6 +28,7 @@ class Given:
 
     def __init__(self, perturbation: Perturbation):
         self.perturbation, self.further_passes = perturbation, perturbation.further_passes
+        self.takes_pixel_scale = perturbation.takes_pixel_scale
         for key in perturbation.defaults:
             if not hasattr(perturbation, key):
                 raise ApartError(
@@ -36,11 +37,11 @@ class Given:
                 )
         self.defaults = {key: getattr(perturbation, key) for key in perturbation.defaults}
 
-    def __call__(self, model: nn.Module, **hyper: Any) -> Perturbation:
+    def __call__(self, model: nn.Module, **options: Any) -> Perturbation:
         """Return the object, or, for other hyper-parameters, one of its class, which checks them."""
-        if hyper == self.defaults:
+        if all(options[key] == value for key, value in self.defaults.items()):
             return self.perturbation
-        return type(self.perturbation)(model, **hyper)
+        return type(self.perturbation)(model, **options)
 
 
 def listed_method(

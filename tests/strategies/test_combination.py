@@ -152,7 +152,7 @@ def test_alpha_out_of_range(alpha, model):
     strategy = create_strategy("gsam", model, alpha=0.5)
     with pytest.raises(ApartError, match="alpha="):
         strategy.set(alpha=alpha, rho=0.3)
-    assert strategy.hyper["rho"] == 0.05 and strategy.combination.alpha == 0.5
+    assert strategy.hyper["rho"] == 0.04 and strategy.combination.alpha == 0.5
 
 
 def test_alpha_is_set_between_steps(data):
