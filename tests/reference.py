@@ -322,3 +322,63 @@ def reference_images_step(
     state = double.state_dict()
     held = {f"{layer}.{kind}" for layer in layers for kind in kinds}
     return gradients, buffers, auxiliary_gradients, {name: state[name] for name in state if name in held}
+
+
+def reference_advbn_step(
+    model,
+    images,
+    targets,
+    criterion,
+    layer,
+    *,
+    epsilon=1.1,
+    step_size=0.2,
+    steps=6,
+    ratio=1.0,
+    channels=1,
+    generator=None,
+):
+    """The gradient that AdvBN gives for one batch, the buffers, and delta_mu and delta_sigma of the layer's features.
+
+    The features' mean over the batch is multiplied by 1 + delta_mu, what is left of them by 1 + delta_sigma. All BN
+    layers normalise by the batch statistics of the pass; only the clean pass is tracked.
+    """
+    model = copy.deepcopy(model)
+    norms = _NaiveBatchNorms(model)
+    phi = [p for p in model.parameters() if p.requires_grad]
+    none = {n: phi[0].new_zeros(m.num_features) for n, m in norms.layers.items()}
+    norms.set(none, none)
+    delta = None
+
+    def move(module, inputs, x):
+        nonlocal delta
+        if delta is None:
+            delta = [x.new_zeros(x.shape[channels]) for _ in range(2)]
+        for d in delta:
+            d.requires_grad_()
+        dims = [d for d in range(x.dim()) if d != channels]
+        mu = x.mean(dims, keepdim=True)
+        shape = mu.shape
+        moved = (x - mu) * (1 + delta[1].view(shape)) + mu * (1 + delta[0].view(shape))
+        return torch.where(moved < 0, torch.zeros_like(moved), moved) if (x >= 0).all() else moved
+
+    handle = model.get_submodule(layer).register_forward_hook(move)
+    M = len(images)
+    loss = criterion(model(images), targets)
+    gradients = torch.autograd.grad(loss, [*phi, *delta], allow_unused=True)
+    g_phi, g_delta = gradients[:-2], gradients[-2:]
+    norms.track = False
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    N = round(ratio * M)
+    S = list(range(M)) if N == M else torch.randperm(M, generator=generator)[:N].tolist()
+    x, y = images[S], targets[S]
+    for step in range(steps):
+        if step:
+            g_delta = torch.autograd.grad(criterion(model(x), y), delta)
+        signs = _sign_outside_dead_zone(*g_delta)
+        delta = [(d.detach() + step_size * s).clamp(-epsilon, epsilon) for d, s in zip(delta, signs)]
+    h_phi = torch.autograd.grad(criterion(model(x), y), phi, allow_unused=True)
+    handle.remove()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    combined = [None if g is None else M / (M + N) * g + N / (M + N) * h for g, h in zip(g_phi, h_phi)]
+    return dict(zip(names, combined)), buffers, [d.detach() for d in delta]

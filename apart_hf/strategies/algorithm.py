@@ -166,7 +166,7 @@ class Algorithm(StrategyState):
                 for perturbation in self.perturbations:
                     observed.enter_context(perturbation.observed(plan.samples))
                 seen = shown(self.perturbations, batch)
-                clean = backward if keeps else silent_for_others(backward, self._own_tensors())
+                clean = backward if keeps else silent_for_others(backward, self._own_tensors)
                 if plan.attempts:  # else the second pass reaches what this one does
                     observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
                 result = self.one_pass(seen, loss_fn, clean, clean_weight)
@@ -239,7 +239,7 @@ class Algorithm(StrategyState):
             climbing = [p for p, passes in zip(self.perturbations, further) if done < passes]
             with ascending(self.model, self.perturbations, size, climbing):
                 seen = shown(self.perturbations, part)
-                self.one_pass(seen, loss_fn, silent_for_others(backward, self._own_tensors()))
+                self.one_pass(seen, loss_fn, silent_for_others(backward, self._own_tensors))
                 for perturbation in climbing:
                     perturbation.ascend(self.generator)
 

@@ -96,14 +96,18 @@ def look_through(loss: Tensor) -> tuple[list[Tensor], bool]:
     return leaves, is_half
 
 
-def silent_for_others(backward: Callable[[Tensor], Any], own: Container[Tensor]) -> Callable[[Tensor], Any]:
+def silent_for_others(
+    backward: Callable[[Tensor], Any], own: Callable[[], Container[Tensor]]
+) -> Callable[[Tensor], Any]:
     """Let a backward add nothing to leaves that are not `own`, such as a criterion's parameters.
 
-    They get zeros, in which values that are not finite stay visible.
+    They get zeros, in which values that are not finite stay visible. What is own is asked after the forward, in which a
+    perturbation may make its tensors.
     """
 
     def silent(loss: Tensor) -> None:
-        others = [leaf for leaf in look_through(loss)[0] if leaf not in own]
+        known = own()
+        others = [leaf for leaf in look_through(loss)[0] if leaf not in known]
         handles = [leaf.register_hook(lambda gradient: gradient * 0.0) for leaf in others]
         try:
             backward(loss)

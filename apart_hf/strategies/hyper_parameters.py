@@ -26,6 +26,7 @@ MethodName = Literal[
     "ghost-bn",
     "advprop",
     "fast-advprop",
+    "advbn",
     "apart-advprop",
 ]
 
@@ -92,6 +93,15 @@ class _Pixels(TypedDict, total=False):
 
 
 class _AdvProp(_Pixels, total=False):
+    ratio: float
+    aux_affine: bool
+
+
+class _AdvBN(TypedDict, total=False):
+    layer: str
+    epsilon: float
+    step_size: float
+    steps: int
     ratio: float
     aux_affine: bool
 
@@ -198,4 +208,12 @@ class Awp(_Awp, Standard, total=False):
 
 
 class AwpLoss(_Awp, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class AdvBN(_AdvBN, Standard, total=False):
+    """Features of one `layer` whose mean and deviation are perturbed by up to `epsilon`, in `steps`."""
+
+
+class AdvBNLoss(_AdvBN, LossOptions, total=False):
     """The same for `create_loss`."""

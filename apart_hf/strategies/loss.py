@@ -96,6 +96,13 @@ def create_loss(
 ) -> TwoPassLoss[Batch, Result]: ...
 @overload
 def create_loss(
+    name: Literal["advbn"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.AdvBNLoss],
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
     name: Literal["apart-advprop"],
     model: nn.Module,
     loss_fn: Callable[[Any, Batch], Result],

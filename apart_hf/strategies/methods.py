@@ -15,6 +15,7 @@ from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
 from apart_hf.strategies.checks import check_model
 from apart_hf.strategies.combination import SurrogateGap
+from apart_hf.strategies.feature_perturbations import FeatureStatistics
 from apart_hf.strategies.fitting import balanced
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.input_perturbations import Inputs, OneStepInputs
@@ -53,6 +54,10 @@ METHODS: dict[str, Method] = {
         (OneStepInputs, AuxiliaryBatchNorm),
         defaults={"ratio": 0.25},
         weights=balanced,
+    ),
+    "advbn": Method(
+        "mean and deviation of one layer's features, with auxiliary BN (Shu et al. 2021)",
+        (FeatureStatistics, AuxiliaryBatchNorm),
     ),
     "apart-advprop": Method(
         "apart and perturbed images at once", (AdversarialStatistics, Inputs), defaults={"steps": 1}
@@ -114,6 +119,8 @@ def create_strategy(
 def create_strategy(
     name: Literal["fast-advprop"], model: nn.Module, **options: Unpack[declared.FastAdvProp]
 ) -> TwoPassStrategy: ...
+@overload
+def create_strategy(name: Literal["advbn"], model: nn.Module, **options: Unpack[declared.AdvBN]) -> TwoPassStrategy: ...
 @overload
 def create_strategy(
     name: Literal["apart-advprop"], model: nn.Module, **options: Unpack[declared.ApartAdvProp]
@@ -179,6 +186,8 @@ def create_strategy(
               1/255, in [0, 255]; and the number of steps, >= 1.
             - random_start: whether that perturbation begins at random, which takes one more pass.
             - aux_affine: whether auxiliary BN has a gamma and beta of its own; see `TwoPassStrategy.parameters`.
+            - layer, step_size: whose features advbn perturbs, by name or "auto" for the first stage, and the size of a
+              step; its epsilon is a share of their mean and deviation.
             - gamma: radius of awp's step in each weight, as a share of the weight's norm, >= 0.
             - alpha: share of the clean gradient's part that is orthogonal to the perturbed one, in gsam, >= 0.
             - local_attack, global_norm: with several processes, whether each attacks the statistics by the gradient of
