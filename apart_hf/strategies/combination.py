@@ -81,7 +81,7 @@ class PerturbedAlone(MeanBySamples):
         if not gradients:
             return 1.0
         torch._foreach_mul_(gradients, 0.0)
-        visible = torch.stack(torch._foreach_norm(gradients)).sum() + 1.0
+        visible = 1.0 + torch.stack(torch._foreach_norm(gradients)).sum()
         self._dropped = [p for p in self.model.parameters() if p.grad is not None and p not in self._stays]
         for p in self._dropped:
             p.grad = None  # the second backward then gives its own, and need not add it

@@ -55,5 +55,6 @@ def _row(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def safe_ratio(radius: float | Tensor, norm: Tensor) -> Tensor:
-    """Divide a radius by a norm; by one that is zero or not finite, the ratio is 0."""
-    return torch.where((norm > 0) & (norm < torch.inf), radius / norm, 0.0)
+    """Divide a radius by a norm; where that is zero, the ratio is finite, so that a zero gradient times it is zero."""
+    number = torch.finfo(norm.dtype)
+    return (radius / norm.clamp_min(number.tiny)).clamp_max(number.max)

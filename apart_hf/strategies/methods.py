@@ -42,9 +42,7 @@ METHODS: dict[str, Method] = {
         "sam, and the surrogate gap (Zhuang et al. 2022)", (Weights,), defaults={"rho": 0.04}, combination=SurrogateGap
     ),
     "awp": Method(
-        "weights perturbed by a share of each one's norm (Wu et al. 2020)",
-        (RelativeWeights,),
-        keeps_clean_gradient=False,
+        "weights perturbed by a share of their norms (Wu et al. 2020)", (RelativeWeights,), keeps_clean_gradient=False
     ),
     "random-bn": Method("apart with random signs", (RandomStatistics,)),
     "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
@@ -55,10 +53,7 @@ METHODS: dict[str, Method] = {
         defaults={"ratio": 0.25},
         weights=balanced,
     ),
-    "advbn": Method(
-        "mean and deviation of one layer's features, with auxiliary BN (Shu et al. 2021)",
-        (FeatureStatistics, AuxiliaryBatchNorm),
-    ),
+    "advbn": Method("statistics of one layer's features (Shu et al. 2021)", (FeatureStatistics, AuxiliaryBatchNorm)),
     "apart-advprop": Method(
         "apart and perturbed images at once", (AdversarialStatistics, Inputs), defaults={"steps": 1}
     ),

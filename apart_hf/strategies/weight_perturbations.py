@@ -122,7 +122,7 @@ class AdaptiveWeights(Weights):
 
 
 class RelativeWeights(Weights):
-    """Takes AWP's step (Wu et al. 2020, Eq. 7 and 8 with one step): gamma ||w_l|| g_l / ||g_l|| in each weight w_l.
+    """Takes AWP's step (Wu et al. 2020, Section 4, with one step): gamma ||w_l|| g_l / ||g_l|| in each weight w_l.
 
     Each weight has a radius of its own, relative to its norm. Biases, and gamma and beta of normalisation layers, do
     not move: what has one dimension, or is not named weight, as in the authors' code. There, the gradient is that of
