@@ -34,8 +34,8 @@ from apart_hf.runs.recorded_classes import order_of_an_old_run, recorded_order
 from apart_hf.runs.report import describe_data
 from apart_hf.runs.resume import go_on, lock
 from apart_hf.runs.run import Run
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.hyper_parameters import MethodName
-from apart_hf.strategies.methods import create_strategy
 from apart_hf.training.trainer import Trainer
 from apart_hf.utils.files import writing
 from apart_hf.utils.processes import from_main_process, use_threads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
-from apart_hf.strategies.gradients import isolated_gradients, scaled_gradients, silent_for_others, unsynchronised
+from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.passes import applied, ascending, further_passes, shown
 from apart_hf.strategies.perturbation import draw_device, processes
@@ -155,7 +155,7 @@ class Algorithm(StrategyState):
         """
         combination = self.combination
         keeps = combination.keeps_clean_gradient
-        clean_weight, perturbed_weight = self._weights(plan)
+        clean_weight, perturbed_weight = combination.weights(plan)
         modules = list(self.model.modules())
         batchnorms = [m for m in modules if isinstance(m, _BatchNorm)]
         others = [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
@@ -168,7 +168,7 @@ class Algorithm(StrategyState):
                 seen = shown(self.perturbations, batch)
                 clean = backward if keeps else silent_for_others(backward, self._own_tensors)
                 if plan.attempts:  # else the second pass reaches what this one does
-                    observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
+                    observed.enter_context(combination.within_one_pass(stand_ins_of(self.perturbations), clean_weight))
                 result = self.one_pass(seen, loss_fn, clean, clean_weight)
                 for perturbation in self.perturbations:
                     perturbation.ascend(self.generator)
@@ -176,18 +176,6 @@ class Algorithm(StrategyState):
             with untracked_statistics(batchnorms), kept_buffers(buffers):
                 self._second_pass(batch, loss_fn, backward, plan, perturbed_weight * factor)
         return result
-
-    def _weights(self, plan: Plan) -> tuple[float, float]:
-        """Return what the two gradients are weighted by."""
-        weights = self.method.weights
-        return self.combination.weights(plan) if weights is None else weights(plan.samples, plan.size)
-
-    def _synchronised(self, parameters: Iterable[Tensor], weight: float | Tensor) -> AbstractContextManager[None]:
-        """Let parameters that only one pass reaches have its gradient whole, where the method balances the two.
-
-        By Mei et al. 2022, "Synchronizing parameter updating speed".
-        """
-        return nullcontext() if self.method.weights is None else scaled_gradients(parameters, 1 / weight)
 
     def _own_tensors(self) -> set[Tensor]:
         """Collect the model's parameters, and what perturbations hold: deltas are leaves of the graph, too."""
@@ -217,7 +205,7 @@ class Algorithm(StrategyState):
                     part = self._part(batch, chosen, plan)
                     self._climb(part, loss_fn, backward, plan.size)
                     held = stand_ins_of(self.perturbations).values()
-                    with applied(self.perturbations, plan.size), self._synchronised(held, weight):
+                    with applied(self.perturbations, plan.size), self.combination.within_one_pass(held, weight):
                         seen = shown(self.perturbations, part)
                         self.perturbed_loss, _ = self.one_pass(seen, loss_fn, backward, weight)
             except TooFewValues as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apart_hf.strategies.ddp import find_ddp, within_forward
 from apart_hf.strategies.flat import flat_copy, pieces, safe_ratio
-from apart_hf.strategies.gradients import handed_on, isolated_gradients, unsynchronised
+from apart_hf.strategies.gradients import handed_on, isolated_gradients, scaled_gradients, unsynchronised
 from apart_hf.strategies.perturbation import checked_radius
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class MeanBySamples:
         """Return the weights of the clean and of the perturbed loss, for a plan of the second pass."""
         return plan.weights
 
+    def within_one_pass(self, parameters: Iterable[Tensor], weight: float | Tensor) -> AbstractContextManager[None]:
+        """Open the backward of a pass whose loss has a weight, for parameters that the other pass does not reach."""
+        return nullcontext()
+
     @contextmanager
     def combining(self) -> Iterator[None]:
         """Open both passes; at the end, p.grad holds what it held before and the combined gradient."""
@@ -56,6 +60,22 @@ class MeanBySamples:
             that a gradient scaler sees it in what is left.
         """
         return 1.0
+
+
+class Balanced(MeanBySamples):
+    """Counts each sample once, as Fast AdvProp does (Mei et al. 2022, "Re-balancing training samples").
+
+    Samples of the second pass are seen twice, and count half each time: 1 - N/2M for the clean gradient, in expectation
+    over which samples they are, and N/2M for the perturbed one.
+    """
+
+    def weights(self, plan: Plan) -> tuple[float, float]:
+        perturbed = plan.size / (2 * plan.samples)
+        return 1 - perturbed, perturbed
+
+    def within_one_pass(self, parameters: Iterable[Tensor], weight: float | Tensor) -> AbstractContextManager[None]:
+        """Let them have that pass's gradient whole ("Synchronizing parameter updating speed")."""
+        return scaled_gradients(parameters, 1 / weight)
 
 
 class PerturbedAlone(MeanBySamples):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +19,6 @@ class Method:
         keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
             False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
         defaults: hyper-parameters that differ from the perturbations' own defaults.
-        weights: gives the weights of both gradients from M and N, in the place of Algorithm 1's. Parameters that only
-            one of the two reaches then have that one's gradient whole.
         combination: the class of how the two gradients become one, where that is neither; it then decides
             `keeps_clean_gradient`.
 
@@ -39,7 +36,6 @@ class Method:
     perturbations: tuple[type[Perturbation], ...] = ()
     keeps_clean_gradient: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
-    weights: Callable[[int, int], tuple[float, float]] | None = None
     combination: type[MeanBySamples] = MeanBySamples
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from apart_hf.errors import ApartError
 from apart_hf.strategies.checks import check_model
+from apart_hf.strategies.combination import MeanBySamples, PerturbedAlone
 from apart_hf.strategies.method import Method
 from apart_hf.strategies.perturbation import Perturbation
 
@@ -73,7 +74,7 @@ def listed_method(
     for one in wanted:
         if isinstance(one, str):
             method = table[one]
-            if method.combination.defaults or method.weights is not None:
+            if method.combination not in (MeanBySamples, PerturbedAlone):
                 raise ApartError(f"method {one!r} decides how gradients are combined; use it alone, by its name.")
             made += method.perturbations
             new = {key: method.hyper_parameters()[key] for p in method.perturbations for key in p.defaults}

@@ -12,13 +12,14 @@ from apart_hf.errors import ApartError
 from apart_hf.strategies.autocast import AmbientAutocast
 from apart_hf.strategies.batches import detached
 from apart_hf.strategies.checks import check_criterion, check_loss, check_model, split_result
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.ddp import find_ddp, runs_within, within_forward
 from apart_hf.strategies.fitting import Plan
 from apart_hf.strategies.gradients import handed_on
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
 from apart_hf.strategies.machine import averaged, processes
-from apart_hf.strategies.methods import check_hyper_parameters, chosen_method, create_strategy
+from apart_hf.strategies.methods import check_hyper_parameters, chosen_method
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.wrapping import WrappingCheck
 

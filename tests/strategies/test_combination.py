@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from apart_hf import METHODS, ApartError, Method, create_loss, create_strategy
-from apart_hf.strategies.combination import MeanBySamples, PerturbedAlone, SurrogateGap
+from apart_hf.strategies.combination import Balanced, MeanBySamples, PerturbedAlone, SurrogateGap
 from apart_hf.strategies.perturbation import Perturbation
 from tests.support.helpers import assert_same, batch, build, gradients
 from tests.support.oracle import step
@@ -35,7 +35,10 @@ def test_a_method_names_its_combination():
     kinds = {name: method.combination for name, method in METHODS.items() if method.perturbations}
     assert {name for name, kind in kinds.items() if kind is SurrogateGap} == {"gsam"}
     assert {name for name, kind in kinds.items() if kind is PerturbedAlone} == {"sam", "asam", "sam-on", "awp"}
-    assert all(METHODS[name].keeps_clean_gradient == (kind is MeanBySamples) for name, kind in kinds.items())
+    assert {name for name, kind in kinds.items() if kind is Balanced} == {"fast-advprop"}
+    assert all(kind in (MeanBySamples, PerturbedAlone, SurrogateGap, Balanced) for kind in kinds.values())
+    alone = (PerturbedAlone, SurrogateGap)
+    assert all(METHODS[name].keeps_clean_gradient == (kind not in alone) for name, kind in kinds.items())
     assert Method("own", combination=SurrogateGap).hyper_parameters() == {"alpha": 0.01}
 
 
