@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from apart_hf import models as _models  # noqa: F401  registers our architectures with timm
 from apart_hf.errors import ApartError
 from apart_hf.hub.pretrained import list_pretrained, load_pretrained
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.loss import create_loss
-from apart_hf.strategies.methods import METHODS, Method, create_strategy, list_strategies
+from apart_hf.strategies.methods import METHODS, Method, list_strategies
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss

@@ -66,6 +66,8 @@ METHODS = {
     "asam": (None, "asam", False),
     "apart-asam": ("gradient", "asam", True),
     "sam-on": (None, "sam-on", False),
+    "gsam": (None, "sam", False),
+    "awp": (None, "awp", False),
     "random-bn": ("random", None, True),
     "ghost-bn": ("none", None, True),
 }
@@ -94,6 +96,25 @@ def _uphill(kind, model, names, g, rho, eta):
     return [rho * part / size for part in t_t_g]
 
 
+def _relatively_uphill(model, names, g, gamma):
+    """AWP's step: gamma ||w|| g / ||g|| in each weight of two dimensions or more, none in what is called otherwise."""
+    weights, steps = dict(model.named_parameters()), []
+    for name, part in zip(names, g):
+        w = weights[name].detach()
+        if part is None or w.dim() < 2 or "weight" not in name.split(".")[-1] or not part.any():
+            steps.append(torch.zeros_like(w))
+        else:
+            steps.append(gamma * w.square().sum().sqrt() * part / part.square().sum().sqrt())
+    return steps
+
+
+def _surrogate_gap(g, h, alpha):
+    """GSAM's direction: the perturbed h less alpha times what is left of the clean g without its part along h."""
+    along = sum((a * b).sum() for a, b in zip(g, h) if a is not None and b is not None)
+    size = sum(b.square().sum() for b in h if b is not None)
+    return [None if a is None else b - alpha * (a - along / size * b) for a, b in zip(g, h)]
+
+
 def reference_step(
     model,
     images,
@@ -106,6 +127,8 @@ def reference_step(
     ratio=1.0,
     rho=0.05,
     eta=0.01,
+    gamma=0.005,
+    alpha=0.01,
     local_attack=False,
     global_norm=False,
     generator=None,
@@ -161,7 +184,11 @@ def reference_step(
         phi = [p for p in replica.parameters() if p.requires_grad]
         # Eq. 7 with p = 2
         if weight_kind:
-            steps = _uphill(weight_kind, replica, names, _mean(g_phi) if global_norm else g, rho, eta)
+            climbed = _mean(g_phi) if global_norm else g
+            if weight_kind == "awp":
+                steps = _relatively_uphill(replica, names, climbed, gamma)
+            else:
+                steps = _uphill(weight_kind, replica, names, climbed, rho, eta)
             with torch.no_grad():
                 for p, step in zip(phi, steps):
                     p += step
@@ -176,7 +203,9 @@ def reference_step(
                 if part is not None:
                     h[k] = part / n if h[k] is None else h[k] + part / n
         # line 12
-        if not keeps_clean:
+        if method == "gsam":
+            combined.append(_surrogate_gap(g, h, alpha))
+        elif not keeps_clean:
             combined.append(h)
         else:
             combined.append([None if a is None else M / (M + N) * a + N / (M + N) * b for a, b in zip(g, h)])
@@ -293,3 +322,63 @@ def reference_images_step(
     state = double.state_dict()
     held = {f"{layer}.{kind}" for layer in layers for kind in kinds}
     return gradients, buffers, auxiliary_gradients, {name: state[name] for name in state if name in held}
+
+
+def reference_advbn_step(
+    model,
+    images,
+    targets,
+    criterion,
+    layer,
+    *,
+    epsilon=1.1,
+    step_size=0.2,
+    steps=6,
+    ratio=1.0,
+    channels=1,
+    generator=None,
+):
+    """The gradient that AdvBN gives for one batch, the buffers, and delta_mu and delta_sigma of the layer's features.
+
+    The features' mean over the batch is multiplied by 1 + delta_mu, what is left of them by 1 + delta_sigma. All BN
+    layers normalise by the batch statistics of the pass; only the clean pass is tracked.
+    """
+    model = copy.deepcopy(model)
+    norms = _NaiveBatchNorms(model)
+    phi = [p for p in model.parameters() if p.requires_grad]
+    none = {n: phi[0].new_zeros(m.num_features) for n, m in norms.layers.items()}
+    norms.set(none, none)
+    delta = None
+
+    def move(module, inputs, x):
+        nonlocal delta
+        if delta is None:
+            delta = [x.new_zeros(x.shape[channels]) for _ in range(2)]
+        for d in delta:
+            d.requires_grad_()
+        dims = [d for d in range(x.dim()) if d != channels]
+        mu = x.mean(dims, keepdim=True)
+        shape = mu.shape
+        moved = (x - mu) * (1 + delta[1].view(shape)) + mu * (1 + delta[0].view(shape))
+        return torch.where(moved < 0, torch.zeros_like(moved), moved) if (x >= 0).all() else moved
+
+    handle = model.get_submodule(layer).register_forward_hook(move)
+    M = len(images)
+    loss = criterion(model(images), targets)
+    gradients = torch.autograd.grad(loss, [*phi, *delta], allow_unused=True)
+    g_phi, g_delta = gradients[:-2], gradients[-2:]
+    norms.track = False
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    N = round(ratio * M)
+    S = list(range(M)) if N == M else torch.randperm(M, generator=generator)[:N].tolist()
+    x, y = images[S], targets[S]
+    for step in range(steps):
+        if step:
+            g_delta = torch.autograd.grad(criterion(model(x), y), delta)
+        signs = _sign_outside_dead_zone(*g_delta)
+        delta = [(d.detach() + step_size * s).clamp(-epsilon, epsilon) for d, s in zip(delta, signs)]
+    h_phi = torch.autograd.grad(criterion(model(x), y), phi, allow_unused=True)
+    handle.remove()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    combined = [None if g is None else M / (M + N) * g + N / (M + N) * h for g, h in zip(g_phi, h_phi)]
+    return dict(zip(names, combined)), buffers, [d.detach() for d in delta]

@@ -41,7 +41,11 @@ def _tables(kinds: list[str]) -> str:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     """Write hyper-parameters, but for options that are off."""
-    return " ".join(f"{key}={value:g}" for key, value in values.items() if not isinstance(value, bool))
+    return " ".join(
+        f"{key}={value if isinstance(value, str) else format(value, 'g')}"
+        for key, value in values.items()
+        if not isinstance(value, bool)
+    )
 
 
 def _methods() -> list[dict[str, object]]:

@@ -97,6 +97,7 @@ def check_names(config: TrainConfig) -> None:
     check_hyper_parameters(config.method, config.hyper_parameters())
     if config.epsilon_warmup_epochs and "epsilon" not in METHODS[config.method].hyper_parameters():
         raise ApartError(f"--epsilon-warmup-epochs: the method {config.method!r} has no epsilon; leave the flag out.")
+    _check_rho_min(config)
     if config.perturb_from_epoch != 1 and not METHODS[config.method].perturbations:
         raise ApartError(
             f"--perturb-from-epoch: the method {config.method!r} has no second pass; leave the flag out, or choose "
@@ -105,6 +106,22 @@ def check_names(config: TrainConfig) -> None:
     check_in_use(config)
     if config.trackers:
         _check_trackers(config.trackers)
+
+
+def _check_rho_min(config: TrainConfig) -> None:
+    """Refuse a schedule of rho that cannot be."""
+    if config.rho_min is None:
+        return
+    known = METHODS[config.method].hyper_parameters()
+    if "rho" not in known:
+        raise ApartError(f"--rho-min: the method {config.method!r} has no rho; leave the flag out.")
+    rho = known["rho"] if config.rho is None else config.rho
+    if config.rho_min > rho:
+        raise ApartError(
+            f"--rho-min {config.rho_min:g} is above --rho {rho:g}, from which it falls; take a smaller one."
+        )
+    if config.sched == "none":
+        raise ApartError("--rho-min lets rho follow the learning rate, and --sched none has it stay; leave one out.")
 
 
 def _check_optimizer(config: TrainConfig) -> None:

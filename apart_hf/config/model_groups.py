@@ -140,7 +140,7 @@ class MethodGroup:
 
     method: str = _method_setting("apart", _METHODS, role="what", metavar="NAME")
     epsilon: float | None = _method_setting(
-        None, "radius of delta, a share of batch mean and scale [0.1; demo: 0.05]", role="what"
+        None, "radius of delta, a share of batch mean and scale [0.1; advbn: 1.1; demo: 0.05]", role="what"
     )
     groups: int | None = _method_setting(
         None,
@@ -157,10 +157,25 @@ class MethodGroup:
     )
     rho: float | None = _method_setting(
         None,
-        "radius of SAM's step in the weights [sam: 0.05; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]",
+        "radius of SAM's step in the weights [sam: 0.05; gsam: 0.04; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]",
         role="what",
     )
     eta: float | None = _method_setting(None, "asam: added to the weights' sizes [0.01]", role="what")
+    layer: str | None = _method_setting(
+        None,
+        "advbn: the layer whose features are perturbed, such as layer1 [auto: the end of the first stage]",
+        role="what",
+        metavar="NAME",
+    )
+    step_size: float | None = _method_setting(
+        None, "advbn: change of delta in each step of the ascent [0.2]", role="what"
+    )
+    gamma: float | None = _method_setting(
+        None, "awp: radius of the step in each weight, a share of its norm [0.005]", role="what"
+    )
+    alpha: float | None = _method_setting(
+        None, "gsam: share of the clean gradient's part that is orthogonal to the perturbed one [0.01]", role="what"
+    )
     pixel_epsilon: float | None = _method_setting(
         None,
         "largest change of a pixel, in units of 1/255 [advprop: 4; fast-advprop: 1]",
@@ -179,7 +194,7 @@ class MethodGroup:
     )
     steps: int | None = _method_setting(
         None,
-        "advprop: steps of the ascent in the images; each but the first takes a pass [advprop: 5; apart-advprop: 1]",
+        "advprop, advbn: steps of the ascent; each but the first takes a pass [advprop: 5; advbn: 6; apart-advprop: 1]",
         role="what",
         least=1,
     )

@@ -100,6 +100,14 @@ class OptimisationGroup:
         recorded=34,
         in_tables=False,
     )
+    rho_min: float | None = _setting(
+        None,
+        "rho follows the learning rate: --rho at its highest, this at --min-lr (gsam: half of rho) [rho stays]",
+        role="what",
+        least=0,
+        recorded=66,
+        in_tables=False,
+    )
     clip_grad: float | None = _setting(
         None, "largest norm of the combined gradient, or what --clip-mode says [off]", role="what", least=0, recorded=13
     )

@@ -14,8 +14,8 @@ from apart_hf.integrations.extras import brought_by
 from apart_hf.integrations.transformers_arguments import ApartTrainingArguments, method_options
 from apart_hf.integrations.untraced import Traces
 from apart_hf.strategies.checks import check_model
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.loss import create_loss
-from apart_hf.strategies.methods import create_strategy
 from apart_hf.strategies.sample_count import count_samples
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss

@@ -28,8 +28,8 @@ class ApartTrainingArguments(TrainingArguments):
 
     Args:
         apart_method: one of `list_strategies()`.
-        apart_epsilon, apart_groups, apart_ratio, apart_rho, apart_eta, apart_pixel_epsilon, apart_pixel_step,
-            apart_steps: see `create_strategy`.
+        apart_epsilon, apart_groups, apart_ratio, apart_rho, apart_eta, apart_gamma, apart_alpha, apart_pixel_epsilon,
+            apart_pixel_step, apart_layer, apart_step_size, apart_steps: see `create_strategy`.
         apart_every: the second pass is made in each so-manieth step of the optimizer.
         apart_uneven: see `create_strategy`; the default fits groups and ratio to batches of any size.
 
@@ -55,9 +55,17 @@ class ApartTrainingArguments(TrainingArguments):
     apart_ratio: float | None = _argument(None, "Share of the batch that the second pass takes, in (0, 1].")
     apart_rho: float | None = _argument(None, "Radius of the perturbation of the weights, for methods with SAM.")
     apart_eta: float | None = _argument(None, "What keeps the scale of small weights from zero, for methods with ASAM.")
+    apart_layer: str | None = _argument(None, "Layer whose features advbn perturbs; auto: the end of the first stage.")
+    apart_step_size: float | None = _argument(None, "Change of the features' statistics in a step of advbn's ascent.")
+    apart_gamma: float | None = _argument(
+        None, "Radius of the perturbation of each weight, as a share of its norm, for awp."
+    )
+    apart_alpha: float | None = _argument(
+        None, "Share of the clean gradient's part that is orthogonal to the perturbed one, for gsam."
+    )
     apart_pixel_epsilon: float | None = _argument(None, "Largest change of a pixel, in units of 1/255.")
     apart_pixel_step: float | None = _argument(None, "Change of a pixel in a step of the ascent, in units of 1/255.")
-    apart_steps: int | None = _argument(None, "Steps of the ascent in the images.")
+    apart_steps: int | None = _argument(None, "Steps of the ascent, in the images or features.")
     apart_every: int = _argument(1, "The second pass is made in each so-manieth step of the optimizer.")
     apart_uneven: Uneven = _argument(
         "fit",

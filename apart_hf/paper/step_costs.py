@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from apart_hf.batchnorm import use_kernels
 from apart_hf.batchnorm.kernels import KernelSet
 from apart_hf.errors import ApartError, first_line, unknown_name
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.hyper_parameters import MethodName
-from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
+from apart_hf.strategies.methods import METHODS, check_hyper_parameters
 from apart_hf.training.cuda_graph import CudaRecorder, Recorder, recorded
 from apart_hf.training.on_device import UpdateOnDevice
 from apart_hf.utils.operation_counts import OperationCounts

@@ -18,6 +18,7 @@ from apart_hf.config.schedule import schedule_arguments
 from apart_hf.config.train_config import FilledConfig, TrainConfig
 from apart_hf.data import DataSettings, LoaderSettings
 from apart_hf.errors import ApartError, first_line
+from apart_hf.training.progress import learning_rate
 
 AUGMENTATION = ("aa", "color_jitter", "reprob", "remode", "recount", "scale", "hflip", "vflip", "no_aug")
 
@@ -47,25 +48,38 @@ def make_scheduler(config: FilledConfig, optimizer: torch.optim.Optimizer, steps
 
 
 def make_hyper_schedule(
-    config: FilledConfig, hyper: Mapping[str, Any], steps_per_epoch: int
+    config: FilledConfig, hyper: Mapping[str, Any], steps_per_epoch: int, optimizer: Any, lr: float
 ) -> Callable[[int], dict[str, float]] | None:
-    """Make the schedule of the method's hyper-parameters: epsilon rises from 0 over its warmup, in a straight line.
+    """Make the schedule of the method's hyper-parameters.
 
-    The warmup begins with the first epoch that has second passes.
+    Epsilon rises from 0 over its warmup, in a straight line, which begins with the first epoch that has second passes.
+    Rho is rho_min + (rho - rho_min) (lr_now - min_lr) / (lr - min_lr) (Zhuang et al. 2022, Algorithm 1, step 0), and
+    never beyond these two.
 
     Args:
         config: of the run.
         hyper: of the method.
         steps_per_epoch: optimizer steps.
+        optimizer: whose learning rate of the step to come is already set.
+        lr: the highest learning rate.
 
     Returns:
         What gives the hyper-parameters after so many optimizer steps; None: they stay as they are.
     """
     warmup = config.epsilon_warmup_epochs * steps_per_epoch
-    if not warmup:
+    least = config.rho_min
+    if not warmup and least is None:
         return None
-    epsilon, plain = hyper["epsilon"], plain_epochs_of(config) * steps_per_epoch
-    return lambda steps: {"epsilon": epsilon * min(1.0, max(0, steps - plain) / warmup)}
+    plain, fall = plain_epochs_of(config) * steps_per_epoch, lr - config.min_lr
+
+    def schedule(steps: int) -> dict[str, float]:
+        values = {"epsilon": hyper["epsilon"] * min(1.0, max(0, steps - plain) / warmup)} if warmup else {}
+        if least is not None:
+            share = (learning_rate(optimizer) - config.min_lr) / fall if fall > 0 else 1.0
+            values["rho"] = least + (hyper["rho"] - least) * min(1.0, max(0.0, share))
+        return values
+
+    return schedule
 
 
 def data_settings(config: TrainConfig) -> DataSettings:

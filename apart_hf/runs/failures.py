@@ -53,7 +53,10 @@ def explained(error: Exception, run: Run) -> Exception:
     last = f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet"
     go_on = "; to go on from it: --resume auto" if kept else ""
     if isinstance(error, NonFinite):
-        lower = ["--lr", *(f"--{radius}" for radius in ("epsilon", "rho") if radius in config.hyper_parameters())]
+        lower = [
+            "--lr",
+            *(f"--{radius}" for radius in ("epsilon", "rho", "gamma") if radius in config.hyper_parameters()),
+        ]
         clip = [] if config.clip_grad else ["--clip-grad 1"]
         skip = [] if config.on_nonfinite == "skip" else ["--on-nonfinite skip"]
         cures = ", ".join([f"a lower {' or '.join(lower)}", *clip, "--warmup-epochs", *skip])

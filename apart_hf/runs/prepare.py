@@ -34,8 +34,8 @@ from apart_hf.runs.recorded_classes import order_of_an_old_run, recorded_order
 from apart_hf.runs.report import describe_data
 from apart_hf.runs.resume import go_on, lock
 from apart_hf.runs.run import Run
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.hyper_parameters import MethodName
-from apart_hf.strategies.methods import create_strategy
 from apart_hf.training.trainer import Trainer
 from apart_hf.utils.files import writing
 from apart_hf.utils.processes import from_main_process, use_threads
@@ -124,7 +124,8 @@ def _make_trainer(
 ) -> Trainer:
     ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
     train_loader, val_loader = loaders.train(), loaders.evaluation(data.val)
-    optimizer = make_optimizer(config, model, learning_rate(config, accelerator.num_processes))
+    lr = learning_rate(config, accelerator.num_processes)
+    optimizer = make_optimizer(config, model, lr)
     model, optimizer = accelerator.prepare(model, optimizer)
     if ema is not None:
         ema.module.to(accelerator.device)
@@ -158,7 +159,7 @@ def _make_trainer(
         clip_grad=config.clip_grad,
         clip_mode=config.clip_mode,
         dist_bn=config.dist_bn,
-        hyper_schedule=make_hyper_schedule(config, strategy.hyper, steps_per_epoch),
+        hyper_schedule=make_hyper_schedule(config, strategy.hyper, steps_per_epoch, optimizer, lr),
         perturb_from_epoch=config.perturb_from_epoch,
         ema=ema,
         log_interval=config.log_interval,

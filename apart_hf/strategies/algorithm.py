@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
-from apart_hf.strategies.gradients import isolated_gradients, scaled_gradients, silent_for_others, unsynchronised
+from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.passes import applied, ascending, further_passes, shown
 from apart_hf.strategies.perturbation import draw_device, processes
@@ -124,7 +124,7 @@ class Algorithm(StrategyState):
         return None if processes() == 1 else Plan(samples, samples, [])
 
     def one_pass(
-        self, batch: Any, loss_fn: LossFunction, backward: Backward, weight: float = 1.0
+        self, batch: Any, loss_fn: LossFunction, backward: Backward, weight: float | Tensor = 1.0
     ) -> tuple[Tensor, Any]:
         """Compute loss and gradient of a batch.
 
@@ -138,7 +138,9 @@ class Algorithm(StrategyState):
         with self._autocast():
             loss, aux = split_result(loss_fn(batch))
         loss = check_loss(loss)
-        backward(loss if weight == 1.0 else loss * weight)
+        if isinstance(weight, Tensor):
+            weight = weight.to(loss.device)
+        backward(loss * weight if isinstance(weight, Tensor) or weight != 1.0 else loss)
         return loss.detach(), detached(aux)
 
     def two_passes(self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan) -> tuple[Tensor, Any]:
@@ -151,42 +153,29 @@ class Algorithm(StrategyState):
         Returns:
             (loss, aux) of the clean pass, detached.
         """
-        keeps = self.method.keeps_clean_gradient
-        clean_weight, perturbed_weight = self._weights(plan)
+        combination = self.combination
+        keeps = combination.keeps_clean_gradient
+        clean_weight, perturbed_weight = combination.weights(plan)
         modules = list(self.model.modules())
         batchnorms = [m for m in modules if isinstance(m, _BatchNorm)]
         others = [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
         buffers = [(b, b._version) for m in others for b in m.buffers(recurse=False)]
-        isolated = isolated_gradients(self.model) if self._isolates else nullcontext()
-        with isolated, unsynchronised(self.model), ExitStack() as observed:
-            for perturbation in self.perturbations:
-                observed.enter_context(perturbation.observed(plan.samples))
-            seen = shown(self.perturbations, batch)
-            clean = backward if keeps else silent_for_others(backward, self._own_tensors())
-            if plan.attempts:  # else the second pass reaches what this one does
-                observed.enter_context(self._synchronised(stand_ins_of(self.perturbations), clean_weight))
-            result = self.one_pass(seen, loss_fn, clean, clean_weight)
-            for perturbation in self.perturbations:
-                perturbation.ascend(self.generator)
-            if not keeps:
-                # times zero rather than dropped: a non-finite gradient stays visible to GradScaler
-                torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 0.0)
-        with untracked_statistics(batchnorms), kept_buffers(buffers):
-            self._second_pass(batch, loss_fn, backward, plan, perturbed_weight)
+        isolated = isolated_gradients(self.model) if self._isolates or not keeps else nullcontext()
+        with combination.combining():
+            with isolated, unsynchronised(self.model), ExitStack() as observed:
+                for perturbation in self.perturbations:
+                    observed.enter_context(perturbation.observed(plan.samples))
+                seen = shown(self.perturbations, batch)
+                clean = backward if keeps else silent_for_others(backward, self._own_tensors)
+                if plan.attempts:  # else the second pass reaches what this one does
+                    observed.enter_context(combination.within_one_pass(stand_ins_of(self.perturbations), clean_weight))
+                result = self.one_pass(seen, loss_fn, clean, clean_weight)
+                for perturbation in self.perturbations:
+                    perturbation.ascend(self.generator)
+                factor = combination.set_aside()
+            with untracked_statistics(batchnorms), kept_buffers(buffers):
+                self._second_pass(batch, loss_fn, backward, plan, perturbed_weight * factor)
         return result
-
-    def _weights(self, plan: Plan) -> tuple[float, float]:
-        """Return what the two gradients are weighted by."""
-        if not self.method.keeps_clean_gradient:
-            return 1.0, 1.0
-        return plan.weights if self.method.weights is None else self.method.weights(plan.samples, plan.size)
-
-    def _synchronised(self, parameters: Iterable[Tensor], weight: float) -> AbstractContextManager[None]:
-        """Let parameters that only one pass reaches have its gradient whole, where the method balances the two.
-
-        By Mei et al. 2022, "Synchronizing parameter updating speed".
-        """
-        return nullcontext() if self.method.weights is None else scaled_gradients(parameters, 1 / weight)
 
     def _own_tensors(self) -> set[Tensor]:
         """Collect the model's parameters, and what perturbations hold: deltas are leaves of the graph, too."""
@@ -200,7 +189,9 @@ class Algorithm(StrategyState):
             map_tensors(add, {key: value for key, value in vars(perturbation).items() if key != "model"})
         return own
 
-    def _second_pass(self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan, weight: float) -> None:
+    def _second_pass(
+        self, batch: Any, loss_fn: LossFunction, backward: Backward, plan: Plan, weight: float | Tensor
+    ) -> None:
         chosen = None
         if plan.size < plan.samples:
             device = draw_device(self.generator, self.model)
@@ -214,7 +205,7 @@ class Algorithm(StrategyState):
                     part = self._part(batch, chosen, plan)
                     self._climb(part, loss_fn, backward, plan.size)
                     held = stand_ins_of(self.perturbations).values()
-                    with applied(self.perturbations, plan.size), self._synchronised(held, weight):
+                    with applied(self.perturbations, plan.size), self.combination.within_one_pass(held, weight):
                         seen = shown(self.perturbations, part)
                         self.perturbed_loss, _ = self.one_pass(seen, loss_fn, backward, weight)
             except TooFewValues as error:
@@ -236,7 +227,7 @@ class Algorithm(StrategyState):
             climbing = [p for p, passes in zip(self.perturbations, further) if done < passes]
             with ascending(self.model, self.perturbations, size, climbing):
                 seen = shown(self.perturbations, part)
-                self.one_pass(seen, loss_fn, silent_for_others(backward, self._own_tensors()))
+                self.one_pass(seen, loss_fn, silent_for_others(backward, self._own_tensors))
                 for perturbation in climbing:
                     perturbation.ascend(self.generator)
 

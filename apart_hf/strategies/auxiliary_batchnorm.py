@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from apart_hf.batchnorm.patching import check_present
 from apart_hf.errors import ApartError
 from apart_hf.strategies.machine import processes
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.scalars import checked_option
+from apart_hf.strategies.wrapping import unwrapped
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _AFFINE = ("weight", "bias")
@@ -51,7 +51,7 @@ class AuxiliaryBatchNorm(Perturbation):
 
     def __init__(self, model: nn.Module, *, aux_affine: bool):
         self.model, self.aux_affine = model, checked_option("aux_affine", aux_affine)
-        named = _unwrapped(model).named_modules()
+        named = unwrapped(model).named_modules()
         self.layers: dict[str, _BatchNorm] = {name: m for name, m in named if isinstance(m, _BatchNorm)}
         self._statistics = {
             f"{name}.{key}": tensor.detach().clone()
@@ -163,15 +163,6 @@ def auxiliary_of(perturbations: Sequence[Perturbation]) -> list[AuxiliaryBatchNo
 def stand_ins_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn.Parameter]:
     """Return the parameters that perturbations hold, by those of the model in whose place they are."""
     return {theirs: own for p in auxiliary_of(perturbations) for theirs, own in p.stand_ins().items()}
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network itself, so that names are the same in every wrapper."""
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -17,8 +17,12 @@ _log = logging.getLogger(__name__)
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
 
 
-def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+def find_ddp(model: nn.Module, *, warns: bool = True) -> DistributedDataParallel | None:
     """Find the DistributedDataParallel that is the model, or all that torch.compile has compiled; None: there is none.
+
+    Args:
+        model: the network, possibly wrapped.
+        warns: of a compiled one, within which passes run uncompiled.
 
     Raises:
         ApartError: where it wraps a part of the model.
@@ -27,7 +31,7 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     while isinstance(inner := getattr(outer, "_orig_mod", None), nn.Module):
         outer = inner
     if isinstance(outer, DistributedDataParallel):
-        if outer is not model:
+        if warns and outer is not model:
             _log.warning("the model is compiled outside of DistributedDataParallel, and the two passes run uncompiled.")
         return outer
     part = next((name for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)), None)

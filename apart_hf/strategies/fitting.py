@@ -38,20 +38,6 @@ class Plan:
         return self.samples / total, self.size / total
 
 
-def balanced(samples: int, size: int) -> tuple[float, float]:
-    """Return weights by which each sample counts once (Mei et al. 2022, "Re-balancing training samples").
-
-    Samples of the second pass are seen twice, and count half each time: 1 - N/2M for the clean gradient, in expectation
-    over which samples they are, and N/2M for the perturbed one.
-
-    Args:
-        samples: M, in the batch.
-        size: N, in the second pass.
-    """
-    perturbed = size / (2 * samples)
-    return 1 - perturbed, perturbed
-
-
 def whole_size(ratio: float, samples: int) -> int:
     """Compute N = ratio * M.
 

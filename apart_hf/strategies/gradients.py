@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from apart_hf.strategies.flat import flat_copy
 
 
 @contextmanager
@@ -17,17 +20,18 @@ def isolated_gradients(model: nn.Module) -> Iterator[None]:
     It is done in place, so that gradients that are views (DDP's buckets) stay views.
     """
     present = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-    earlier = [(p, gradient.clone()) for p, gradient in present]
-    for _, gradient in present:
-        gradient.zero_()
+    gradients = [gradient for _, gradient in present]
+    earlier = flat_copy(gradients, gradients)[1] if gradients else []
+    if gradients:
+        torch._foreach_zero_(gradients)
     try:
         yield
     finally:
-        for p, before in earlier:
-            if p.grad is None:
-                p.grad = before
-            else:
-                p.grad.add_(before)
+        for p, gradient in present:
+            p.grad = gradient.zero_() if p.grad is None else p.grad
+        if earlier:
+            with torch.no_grad():
+                torch._foreach_add_([p.grad for p, _ in present if p.grad is not None], earlier)
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def scaled_gradients(parameters: Iterable[Tensor], factor: float) -> Iterator[None]:
+def scaled_gradients(parameters: Iterable[Tensor], factor: float | Tensor) -> Iterator[None]:
     """Multiply what a backward within the block adds to the gradients of parameters."""
     handles = [p.register_hook(lambda gradient: gradient * factor) for p in parameters if p.requires_grad]
     try:
@@ -92,14 +96,18 @@ def look_through(loss: Tensor) -> tuple[list[Tensor], bool]:
     return leaves, is_half
 
 
-def silent_for_others(backward: Callable[[Tensor], Any], own: Container[Tensor]) -> Callable[[Tensor], Any]:
+def silent_for_others(
+    backward: Callable[[Tensor], Any], own: Callable[[], Container[Tensor]]
+) -> Callable[[Tensor], Any]:
     """Let a backward add nothing to leaves that are not `own`, such as a criterion's parameters.
 
-    They get zeros, in which values that are not finite stay visible.
+    They get zeros, in which values that are not finite stay visible. What is own is asked after the forward, in which a
+    perturbation may make its tensors.
     """
 
     def silent(loss: Tensor) -> None:
-        others = [leaf for leaf in look_through(loss)[0] if leaf not in own]
+        known = own()
+        others = [leaf for leaf in look_through(loss)[0] if leaf not in known]
         handles = [leaf.register_hook(lambda gradient: gradient * 0.0) for leaf in others]
         try:
             backward(loss)
@@ -108,3 +116,30 @@ def silent_for_others(backward: Callable[[Tensor], Any], own: Container[Tensor])
                 handle.remove()
 
     return silent
+
+
+class _Finished(torch.autograd.Function):
+    """A loss whose gradients are known: its backward gives them, times what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        """Take the loss, and as many leaves as gradients: (loss, count, *leaves, *gradients)."""
+        ctx.save_for_backward(*tensors[count:])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient * scale.to(gradient.device) for gradient in ctx.saved_tensors]
+        return None, None, *gradients, *[None] * len(gradients)
+
+
+def handed_on(loss: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return a loss whose backward adds the given gradients to their leaves, times what comes from above.
+
+    Args:
+        loss: a scalar, the value.
+        gradients: (leaf, gradient) pairs.
+    """
+    leaves, values = zip(*gradients)
+    return _Finished.apply(loss, len(leaves), *leaves, *values)

@@ -20,10 +20,13 @@ MethodName = Literal[
     "asam",
     "apart-asam",
     "sam-on",
+    "gsam",
+    "awp",
     "random-bn",
     "ghost-bn",
     "advprop",
     "fast-advprop",
+    "advbn",
     "apart-advprop",
 ]
 
@@ -92,6 +95,24 @@ class _Pixels(TypedDict, total=False):
 class _AdvProp(_Pixels, total=False):
     ratio: float
     aux_affine: bool
+
+
+class _AdvBN(TypedDict, total=False):
+    layer: str
+    epsilon: float
+    step_size: float
+    steps: int
+    ratio: float
+    aux_affine: bool
+
+
+class _Gsam(_Sam, total=False):
+    alpha: float
+
+
+class _Awp(TypedDict, total=False):
+    gamma: float
+    global_norm: bool
 
 
 class GhostBN(_GhostBN, Standard, total=False):
@@ -171,4 +192,28 @@ class ApartAdvProp(_Apart, _Pixels, Standard, total=False):
 
 
 class ApartAdvPropLoss(_Apart, _Pixels, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class Gsam(_Gsam, Standard, total=False):
+    """Weights that are perturbed by `rho`, and `alpha` of the surrogate gap's gradient."""
+
+
+class GsamLoss(_Gsam, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class Awp(_Awp, Standard, total=False):
+    """Weights that are perturbed by `gamma` of their norms."""
+
+
+class AwpLoss(_Awp, LossOptions, total=False):
+    """The same for `create_loss`."""
+
+
+class AdvBN(_AdvBN, Standard, total=False):
+    """Features of one `layer` whose mean and deviation are perturbed by up to `epsilon`, in `steps`."""
+
+
+class AdvBNLoss(_AdvBN, LossOptions, total=False):
     """The same for `create_loss`."""

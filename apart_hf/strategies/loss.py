@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Unpack, cast, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
 
 from apart_hf.strategies import hyper_parameters as declared
+from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.two_pass_loss import Batch, Result, TwoPassLoss
 
 
@@ -56,6 +57,17 @@ def create_loss(
 ) -> TwoPassLoss[Batch, Result]: ...
 @overload
 def create_loss(
+    name: Literal["gsam"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.GsamLoss],
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
+    name: Literal["awp"], model: nn.Module, loss_fn: Callable[[Any, Batch], Result], **options: Unpack[declared.AwpLoss]
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
     name: Literal["random-bn"],
     model: nn.Module,
     loss_fn: Callable[[Any, Batch], Result],
@@ -84,16 +96,38 @@ def create_loss(
 ) -> TwoPassLoss[Batch, Result]: ...
 @overload
 def create_loss(
+    name: Literal["advbn"],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    **options: Unpack[declared.AdvBNLoss],
+) -> TwoPassLoss[Batch, Result]: ...
+@overload
+def create_loss(
     name: Literal["apart-advprop"],
     model: nn.Module,
     loss_fn: Callable[[Any, Batch], Result],
     **options: Unpack[declared.ApartAdvPropLoss],
 ) -> TwoPassLoss[Batch, Result]: ...
+@overload
 def create_loss(
-    name: str,
+    name: Sequence[declared.MethodName | Perturbation],
     model: nn.Module,
     loss_fn: Callable[[Any, Batch], Result],
     *,
+    keeps_clean_gradient: bool = True,
+    generator: torch.Generator | None = None,
+    every: int = 1,
+    uneven: declared.Uneven = "error",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **hyper: Any,
+) -> TwoPassLoss[Batch, Result]: ...
+def create_loss(
+    name: str | Sequence[str | Perturbation],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Batch], Result],
+    *,
+    keeps_clean_gradient: bool | None = None,
     generator: torch.Generator | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
@@ -111,11 +145,12 @@ def create_loss(
     in torch, unless retain_graph=True kept the first.
 
     Args:
-        name: one of `list_strategies()`.
+        name: one of `list_strategies()`, or a list of names and of `Perturbation` objects, see `create_strategy`.
         model: the network; may be wrapped (DDP, compiled). After `accelerator.prepare`, where that is used.
         loss_fn: loss_fn(model, batch) -> loss, or (loss, aux). The loss is a scalar, the *mean* over the samples of the
             batch, computed by the model that loss_fn is given, which is the network within DDP. It is called once in
             each pass, so that what it logs is logged twice.
+        keeps_clean_gradient: of a list alone, see `create_strategy`.
         generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
             generator.
         every: the second pass is made in each so-manieth step, the others are plain steps. A step is a call in
@@ -145,4 +180,4 @@ def create_loss(
         >>> optimizer.step(); optimizer.zero_grad()
     """
     options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, "mean": mean, "std": std}
-    return TwoPassLoss(cast(declared.MethodName, name), model, loss_fn, hyper=hyper, **options)
+    return TwoPassLoss(name, model, loss_fn, keeps_clean_gradient=keeps_clean_gradient, hyper=hyper, **options)

@@ -2,96 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Literal, Unpack, cast, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
-import torch
 from torch import nn
 
 from apart_hf.errors import ApartError, unknown_name
-from apart_hf.strategies import hyper_parameters as declared
 from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
 from apart_hf.strategies.bn_perturbations import AdversarialStatistics, GroupStatistics, RandomStatistics
-from apart_hf.strategies.checks import check_model
-from apart_hf.strategies.fitting import balanced
+from apart_hf.strategies.combination import Balanced, SurrogateGap
+from apart_hf.strategies.feature_perturbations import FeatureStatistics
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.input_perturbations import Inputs, OneStepInputs
-from apart_hf.strategies.perturbation import Perturbation
-from apart_hf.strategies.two_pass import TwoPassStrategy
-from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, Weights
-
-
-@dataclass(frozen=True)
-class Method:
-    """A named point of the min-max scheme of Eq. 2, in the table `METHODS`.
-
-    Args:
-        summary: one line for `--help` and the docs.
-        perturbations: the classes of what is moved before the second pass; none: a plain step.
-        keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
-            False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
-        defaults: hyper-parameters that differ from the perturbations' own defaults.
-        weights: gives the weights of both gradients from M and N, in the place of Algorithm 1's. Parameters that only
-            one of the two reaches then have that one's gradient whole.
-
-    Example:
-        >>> from apart_hf import METHODS
-        >>> METHODS["apart"].summary
-        'perturbed BN statistics (Algorithm 1)'
-        >>> METHODS["apart"].hyper_parameters()
-        {'epsilon': 0.1, 'groups': 16, 'ratio': 1.0, 'local_attack': False}
-        >>> METHODS["apart"].passes(ratio=0.5, every=2)
-        1.25
-    """
-
-    summary: str
-    perturbations: tuple[type[Perturbation], ...] = ()
-    keeps_clean_gradient: bool = True
-    defaults: dict[str, Any] = field(default_factory=dict)
-    weights: Callable[[int, int], tuple[float, float]] | None = None
-
-    def hyper_parameters(self) -> dict[str, Any]:
-        """List every hyper-parameter of the method with its default: numbers, then options.
-
-        Returns:
-            The defaults by the names that `create_strategy` takes.
-
-        Example:
-            >>> from apart_hf import METHODS
-            >>> METHODS["sam"].hyper_parameters()
-            {'rho': 0.05, 'global_norm': False}
-        """
-        found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
-        if self.perturbations and self.keeps_clean_gradient:
-            found["ratio"] = 1.0
-        found |= self.defaults
-        return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))
-
-    def passes(self, ratio: float | None = None, every: int = 1, **hyper: Any) -> float:
-        """Tell the mean cost of a step, in passes (forward and backward) over the batch.
-
-        Args:
-            ratio: N/M, the share of the batch in the second pass; None: the method's own.
-            every: how many steps there are to one with a second pass.
-            **hyper: further hyper-parameters, where they are not the method's own.
-
-        Returns:
-            1 for a plain step, 1 + ratio (1 + K) / every where there is a second pass, with K passes of the ascent
-            before it (`Perturbation.further_passes`).
-
-        Example:
-            >>> from apart_hf import METHODS
-            >>> METHODS["standard"].passes(), METHODS["apart"].passes(), METHODS["apart"].passes(every=4)
-            (1.0, 2.0, 1.25)
-        """
-        if not self.perturbations:
-            return 1.0
-        hyper = self.hyper_parameters() | hyper
-        further = max(p.further_passes(**{key: hyper[key] for key in p.defaults}) for p in self.perturbations)
-        return 1 + (hyper.get("ratio", 1.0) if ratio is None else ratio) * (1 + further) / every
-
+from apart_hf.strategies.method import Method as Method
+from apart_hf.strategies.scalars import checked_option
+from apart_hf.strategies.selection import listed_method
+from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, RelativeWeights, Weights
 
 METHODS: dict[str, Method] = {
     "standard": Method("one ordinary pass"),
@@ -105,6 +31,12 @@ METHODS: dict[str, Method] = {
     "sam-on": Method(
         "weights of normalisation layers (Mueller et al. 2023)", (NormalisationWeights,), keeps_clean_gradient=False
     ),
+    "gsam": Method(
+        "sam, and the surrogate gap (Zhuang et al. 2022)", (Weights,), defaults={"rho": 0.04}, combination=SurrogateGap
+    ),
+    "awp": Method(
+        "weights perturbed by a share of their norms (Wu et al. 2020)", (RelativeWeights,), keeps_clean_gradient=False
+    ),
     "random-bn": Method("apart with random signs", (RandomStatistics,)),
     "ghost-bn": Method("apart with groups only, epsilon 0", (GroupStatistics,)),
     "advprop": Method("perturbed images and auxiliary BN (Xie et al. 2020)", (Inputs, AuxiliaryBatchNorm)),
@@ -112,8 +44,9 @@ METHODS: dict[str, Method] = {
         "the same of some images, in one step (Mei et al. 2022)",
         (OneStepInputs, AuxiliaryBatchNorm),
         defaults={"ratio": 0.25},
-        weights=balanced,
+        combination=Balanced,
     ),
+    "advbn": Method("statistics of one layer's features (Shu et al. 2021)", (FeatureStatistics, AuxiliaryBatchNorm)),
     "apart-advprop": Method(
         "apart and perturbed images at once", (AdversarialStatistics, Inputs), defaults={"steps": 1}
     ),
@@ -134,127 +67,32 @@ def list_strategies() -> list[MethodName]:
     return cast(list[MethodName], list(METHODS))
 
 
-@overload
-def create_strategy(
-    name: Literal["standard"], model: nn.Module, **options: Unpack[declared.Standard]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(name: Literal["apart"], model: nn.Module, **options: Unpack[declared.Apart]) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["sam", "sam-on"], model: nn.Module, **options: Unpack[declared.Sam]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(name: Literal["asam"], model: nn.Module, **options: Unpack[declared.Asam]) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["apart-sam"], model: nn.Module, **options: Unpack[declared.ApartSam]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["apart-asam"], model: nn.Module, **options: Unpack[declared.ApartAsam]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["random-bn"], model: nn.Module, **options: Unpack[declared.RandomBN]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["ghost-bn"], model: nn.Module, **options: Unpack[declared.GhostBN]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["advprop"], model: nn.Module, **options: Unpack[declared.AdvProp]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["fast-advprop"], model: nn.Module, **options: Unpack[declared.FastAdvProp]
-) -> TwoPassStrategy: ...
-@overload
-def create_strategy(
-    name: Literal["apart-advprop"], model: nn.Module, **options: Unpack[declared.ApartAdvProp]
-) -> TwoPassStrategy: ...
-def create_strategy(
-    name: str,
-    model: nn.Module,
-    *,
-    accelerator: declared.HasBackward | None = None,
-    generator: torch.Generator | None = None,
-    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
-    every: int = 1,
-    uneven: declared.Uneven = "error",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    **hyper: Any,
-) -> TwoPassStrategy:
-    """Make what fills `p.grad` for one batch, by a method's name: APART (Algorithm 1), SAM, both, or a plain step.
-
-    The strategy takes the place of `loss.backward()` in a training loop; optimizer, scheduler and model stay as they
-    are. Type checkers know which hyper-parameters each method has.
-
-    Args:
-        name: one of `list_strategies()`.
-        model: the network; may be wrapped (DDP, compiled). After `accelerator.prepare`, where that is used.
-        accelerator: an `accelerate.Accelerator`; its `backward` is then the default backward.
-        generator: draws the samples of the second pass where ratio < 1, and random-bn's signs. None: torch's global
-            generator.
-        autocast: makes the context of the two forwards and their losses; the backwards stay outside of it.
-        every: the second pass is made in each so-manieth step, the others are plain steps. Steps are counted by the
-            strategy: each call is one, or, with an accelerator that accumulates, all up to its synchronisation.
-        uneven: what becomes of a batch that groups or ratio do not fit, such as the last one of an epoch. "error": it
-            is refused. "plain": it takes an ordinary pass. "fit": it takes the largest number of groups, and of samples
-            in the second pass, that fits it. What was done is logged once.
-        mean, std: what images are normalised by, for methods that move pixels: one value, or one for each channel.
-            None: as the model's `pretrained_cfg` says.
-        **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()` has their defaults):
-
-            - epsilon: radius of the statistics' perturbation, as a share of the batch's own mean and scale, >= 0.
-            - groups: n, parts of the second batch that are normalised apart, >= 1; it divides N.
-            - ratio: N/M, the share of the batch in the second pass, in (0, 1]; N is a whole number.
-            - rho: radius of the weights' perturbation in the L2 norm, >= 0.
-            - eta: what keeps asam's scale of small weights from zero, >= 0.
-            - pixel_epsilon, pixel_step, steps: radius, and size of a step, of the images' perturbation, in units of
-              1/255, in [0, 255]; and the number of steps, >= 1.
-            - random_start: whether that perturbation begins at random, which takes one more pass.
-            - aux_affine: whether auxiliary BN has a gamma and beta of its own; see `TwoPassStrategy.parameters`.
-            - local_attack, global_norm: with several processes, whether each attacks the statistics by the gradient of
-              its own batch, and whether all climb the mean of their weights' gradients.
+def chosen_method(
+    name: Any, model: nn.Module, hyper: Iterable[str], keeps_clean_gradient: bool | None = None
+) -> tuple[str, Method]:
+    """Find a method by its name, or make that of a list, see `create_strategy`.
 
     Returns:
-        The strategy; `accumulate_gradients` is its step.
+        Its name, and the method.
 
     Raises:
-        ApartError: (a ValueError) for an unknown method or hyper-parameter, a value out of range, or a model that the
-            method does not take: without the layers that it perturbs, with a BN class that has a forward of its own,
-            sharded, in DataParallel, or not wrapped yet where several processes train. For what is no model, too.
-
-    Example:
-        >>> import timm, torch
-        >>> from apart_hf import create_strategy
-        >>> model = timm.create_model("test_resnet", num_classes=10)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> strategy = create_strategy("apart", model, epsilon=0.1, groups=4)
-        >>> images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
-        >>> loss, output = strategy.accumulate_gradients(images, targets, torch.nn.CrossEntropyLoss())
-        >>> optimizer.step(); optimizer.zero_grad()
-        >>> strategy, tuple(output.shape)
-        (apart(epsilon=0.1, groups=4, ratio=1.0), (8, 10))
+        ApartError: as `check_hyper_parameters` and `listed_method` do.
     """
-    known = check_hyper_parameters(name, hyper)
-    check_model(model, accelerator)
-    return TwoPassStrategy(
-        name,
-        METHODS[name],
-        model,
-        known | hyper,
-        accelerator=accelerator,
-        generator=generator,
-        autocast=autocast,
-        every=every,
-        uneven=uneven,
-        mean=mean,
-        std=std,
-    )
+    if not isinstance(name, Sequence) or isinstance(name, str):
+        check_hyper_parameters(name, hyper)
+        if keeps_clean_gradient is not None:
+            raise ApartError(
+                f"keeps_clean_gradient={keeps_clean_gradient!r}: the method {name!r} decides that; leave it out, or "
+                f"pass a list of perturbations, [{name!r}]."
+            )
+        return name, METHODS[name]
+    for one in name:
+        if isinstance(one, str):
+            check_hyper_parameters(one, ())
+    keeps = True if keeps_clean_gradient is None else checked_option("keeps_clean_gradient", keeps_clean_gradient)
+    title, method = listed_method(name, model, METHODS, hyper, keeps)
+    _check_known(title, method, hyper)
+    return title, method
 
 
 def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
@@ -270,7 +108,11 @@ def check_hyper_parameters(name: str, hyper: Iterable[str]) -> dict[str, Any]:
         )
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
-    known = METHODS[name].hyper_parameters()
+    return _check_known(name, METHODS[name], hyper)
+
+
+def _check_known(name: str, method: Method, hyper: Iterable[str]) -> dict[str, Any]:
+    known = method.hyper_parameters()
     for key in hyper:
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"

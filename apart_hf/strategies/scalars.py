@@ -35,11 +35,11 @@ def python_numbers(values: dict[str, Any]) -> dict[str, Any]:
     return {key: python_number(value) for key, value in values.items()}
 
 
-def checked_radius(name: str, value: Any, usual: str) -> float:
-    """Return `value`, or raise ApartError where it is no radius, which is a finite number >= 0."""
+def checked_radius(name: str, value: Any, usual: str, *, what: str = "radius") -> float:
+    """Return `value`, or raise ApartError where it is no radius, or other size, which is a finite number >= 0."""
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ApartError(f"{name}={value!r}: the radius must be a finite number >= 0 ({usual}).")
+        raise ApartError(f"{name}={value!r}: the {what} must be a finite number >= 0 ({usual}).")
     return value
 
 

@@ -12,11 +12,13 @@ from apart_hf.errors import ApartError
 from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of
 from apart_hf.strategies.fitting import whole_size
 from apart_hf.strategies.hyper_parameters import Uneven
+from apart_hf.strategies.making import made_combination, made_perturbations, take_over
 from apart_hf.strategies.read_only import HyperParameters
 from apart_hf.strategies.saved_state import check_state, made_with, say_overridden
 from apart_hf.strategies.scalars import python_number, python_numbers
 
 if TYPE_CHECKING:
+    from apart_hf.strategies.combination import MeanBySamples
     from apart_hf.strategies.methods import Method
     from apart_hf.strategies.perturbation import Perturbation
 
@@ -52,7 +54,7 @@ class StrategyState:
         self.every, self.uneven, self.steps = every, uneven, 0
         self._check(hyper, every, uneven)
         self._pixel_scale = {"mean": mean, "std": std}
-        self.perturbations = self._made(hyper)
+        self.perturbations, self.combination = self._made(hyper)
         self._made_with = self._in_use()
 
     def __repr__(self) -> str:
@@ -139,7 +141,9 @@ class StrategyState:
         same = (bool, int, float, str)  # a tensor, say, is for the perturbation to judge
         changed = frozenset(k for k, v in hyper.items() if not isinstance(v, same) or v != self.hyper[k])
         if changed:
-            self._take_over(self._made(hyper), changed)
+            made, combination = self._made(hyper)
+            take_over(self.perturbations, made, changed)
+            self.combination = combination
         self.hyper, self.every, self.uneven = HyperParameters(hyper), every, uneven
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,25 +245,6 @@ class StrategyState:
         if uneven not in ("error", "plain", "fit"):
             raise ApartError(f"uneven={uneven!r}: choose 'error', 'plain' or 'fit'.")
 
-    def _made(self, hyper: dict[str, Any]) -> list[Perturbation]:
-        """Make each perturbation of the method, which checks its own hyper-parameters."""
-        made = []
-        for kind in self.method.perturbations:
-            scale = self._pixel_scale if kind.takes_pixel_scale else {}
-            made.append(kind(self.model, **{key: hyper[key] for key in kind.defaults}, **scale))
-        return made
-
-    def _take_over(self, made: list[Perturbation], changed: frozenset[str]) -> None:
-        """Give the perturbations that are in use the hyper-parameters of others that were made, and so checked."""
-        for old, new in zip(self.perturbations, made):
-            lacking = [key for key in old.defaults if key in changed and not hasattr(new, key)]
-            if lacking:
-                raise ApartError(f"{type(old).__name__} has no attribute {lacking[0]!r}, so that it cannot be set.")
-            for key in changed & old.fixed:
-                raise ApartError(
-                    f"{key}={getattr(new, key, None)!r}: it is decided as the strategy is made, with "
-                    f"{self.hyper[key]!r}; make another strategy."
-                )
-        for old, new in zip(self.perturbations, made):
-            for key in changed.intersection(old.defaults):
-                setattr(old, key, getattr(new, key))
+    def _made(self, hyper: dict[str, Any]) -> tuple[list[Perturbation], MeanBySamples]:
+        perturbations = made_perturbations(self.method, self.model, hyper, self._pixel_scale)
+        return perturbations, made_combination(self.method, self.model, hyper)

@@ -7,18 +7,20 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from apart_hf.errors import ApartError
 from apart_hf.strategies.autocast import AmbientAutocast
 from apart_hf.strategies.batches import detached
 from apart_hf.strategies.checks import check_criterion, check_loss, check_model, split_result
+from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.ddp import find_ddp, runs_within, within_forward
 from apart_hf.strategies.fitting import Plan
+from apart_hf.strategies.gradients import handed_on
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.inner_backward import InnerBackward
 from apart_hf.strategies.machine import averaged, processes
-from apart_hf.strategies.methods import METHODS, check_hyper_parameters, create_strategy
+from apart_hf.strategies.methods import check_hyper_parameters, chosen_method
+from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.wrapping import WrappingCheck
 
 Batch = TypeVar("Batch")
@@ -44,33 +46,22 @@ def check_options(name: str, hyper: Iterable[str], elsewhere: Mapping[str, str] 
     Raises:
         ApartError: for an unknown method, too.
     """
-    for key in hyper:
-        if key in elsewhere:
-            raise ApartError(f"{key}= is not taken here: {elsewhere[key]}.")
+    check_elsewhere(hyper, elsewhere)
     check_hyper_parameters(name, hyper)
 
 
-class _Finished(torch.autograd.Function):
-    """A loss whose gradients are known: its backward gives them, times what comes from above."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        """Take the loss, and as many leaves as gradients: (loss, count, *leaves, *gradients)."""
-        ctx.save_for_backward(*tensors[count:])
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [gradient * scale.to(gradient.device) for gradient in ctx.saved_tensors]
-        return None, None, *gradients, *[None] * len(gradients)
+def check_elsewhere(hyper: Iterable[str], elsewhere: Mapping[str, str] = _ELSEWHERE) -> None:
+    """Refuse what a strategy takes and a loss has no use for, see `check_options`."""
+    for key in hyper:
+        if key in elsewhere:
+            raise ApartError(f"{key}= is not taken here: {elsewhere[key]}.")
 
 
 class TwoPassLoss(Generic[Batch, Result]):
     """A loss that makes both passes, for loops that own the backward. It is made by `create_loss`.
 
     Args:
-        name, generator, every, uneven, hyper, mean, std: see `create_loss`.
+        name, keeps_clean_gradient, generator, every, uneven, hyper, mean, std: see `create_loss`.
         model: the network, possibly wrapped.
         loss_fn: loss_fn(model, batch) -> loss, or (loss, aux).
 
@@ -89,10 +80,11 @@ class TwoPassLoss(Generic[Batch, Result]):
 
     def __init__(
         self,
-        name: MethodName,
+        name: str | Sequence[str | Perturbation],
         model: nn.Module,
         loss_fn: Callable[[Any, Batch], Result],
         *,
+        keeps_clean_gradient: bool | None,
         generator: torch.Generator | None,
         every: int,
         uneven: Uneven,
@@ -100,21 +92,23 @@ class TwoPassLoss(Generic[Batch, Result]):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        check_options(name, hyper)
+        check_elsewhere(hyper)
+        _, method = chosen_method(name, model, hyper, keeps_clean_gradient)
         check_model(model)
         if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
             raise ApartError(
                 f"loss_fn is an object of type {type(loss_fn).__name__}, and is to be a function of model and batch: "
                 "lambda model, batch: criterion(model(batch[0]), batch[1])."
             )
-        if METHODS[name].perturbations:
+        if method.perturbations:
             check_criterion(loss_fn)
         self.model, self.loss_fn = model, loss_fn
         self._ddp = find_ddp(model)
         network = model if self._ddp is None else self._ddp.module
         self._autocast = AmbientAutocast(network)
         options: dict[str, Any] = {"generator": generator, "every": every, "uneven": uneven, "mean": mean, "std": std}
-        self.strategy = create_strategy(name, network, autocast=self._autocast.again, **options, **hyper)
+        options |= hyper if keeps_clean_gradient is None else {**hyper, "keeps_clean_gradient": keeps_clean_gradient}
+        self.strategy = create_strategy(cast(MethodName, name), network, autocast=self._autocast.again, **options)
         self._backward, self._wrapping = InnerBackward(network), WrappingCheck(model)
 
     def __call__(
@@ -175,8 +169,7 @@ class TwoPassLoss(Generic[Batch, Result]):
             held = [p for p in self.strategy.parameters() if p.requires_grad]
             if self._ddp is not None and held and processes() > 1:
                 found |= zip(held, averaged([found.get(p, torch.zeros_like(p)) for p in held]))
-            leaves, gradients = list(found), list(found.values())
-        return _Finished.apply(loss, len(leaves), *leaves, *gradients), aux
+        return handed_on(loss, list(found.items())), aux
 
     def set(self, **changes: Any) -> None:
         """Change hyper-parameters between two steps, see `TwoPassStrategy.set`.

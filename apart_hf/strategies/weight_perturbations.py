@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.flat import flat_copy, safe_ratio
 from apart_hf.strategies.machine import averaged
 from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, processes
 
@@ -34,54 +35,65 @@ class Weights(Perturbation):
     def __init__(self, model: nn.Module, *, rho: float, global_norm: bool):
         self.model, self.global_norm = model, checked_option("global_norm", global_norm)
         self.rho = checked_radius("rho", rho, "the paper uses 0.05 to 0.2")
-        self._steps: list[tuple[nn.Parameter, Tensor]] = []
+        self._moving: list[Tensor] = []
+        self._steps: list[Tensor] = []
 
     def _moved(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name the parameters that take part."""
         return self.model.named_parameters()
 
-    def _size(self, name: str, p: nn.Parameter) -> Tensor | None:
-        """Return T, the size of a unit step for each element; None: 1."""
+    def _sizes(self, moved: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return T, the size of a unit step for each element, of the parameters in which it is not 1."""
+        return {}
+
+    def _scale(self, norms: Tensor, moved: list[Tensor]) -> Tensor:
+        """Return what T^2 g is multiplied by, from the norms of T g: one number, or one for each parameter."""
+        return safe_ratio(self.rho, torch.linalg.vector_norm(norms))
 
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:
         """Compute the step. A zero or non-finite gradient gives none."""
-        self._steps = []
+        self._moving, self._steps = [], []
         averages = self.global_norm and processes() > 1
         # where gradients are averaged, every process needs the same list: a parameter may be unused on one of them
-        moved = [(name, p) for name, p in self._moved() if p.requires_grad and (averages or p.grad is not None)]
+        moved = {name: p for name, p in self._moved() if p.requires_grad and (averages or p.grad is not None)}
         if not moved:
             return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in moved]
+        parameters: list[Tensor] = list(moved.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         if averages:
             gradients = averaged(gradients)
-        sizes = [self._size(name, p) for name, p in moved]
-        scaled = [g if size is None else g * size for g, size in zip(gradients, sizes)]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))
-        usable = norm.isfinite() & (norm > 0)
-        scale = torch.where(usable, self.rho / norm, 0.0)
-        self._steps = [
-            (p, torch.where(usable, (g if size is None else g * size) * scale, 0.0))
-            for (_, p), g, size in zip(moved, scaled, sizes)
-        ]
+        sizes = self._sizes(moved)
+        if sizes:
+            gradients = _multiplied(gradients, moved, sizes)
+        norms = torch.stack(torch._foreach_norm(gradients))
+        scale = self._scale(norms, parameters)
+        if sizes:
+            gradients = _multiplied(gradients, moved, sizes)
+        flat, steps = flat_copy(gradients, parameters)
+        if scale.dim():
+            torch._foreach_mul_(steps, list(scale.unbind()))
+        else:
+            flat.mul_(scale)
+        flat.masked_fill_(~(norms < torch.inf).all(), 0.0)
+        self._moving, self._steps = parameters, steps
 
     @contextmanager
     def applied(self, samples: int) -> Iterator[None]:
         # put back by copy: adding and subtracting the step would leave rounding errors, different on each rank; through
         # .data, since the weights come back as they were: graphs that hold them, of other terms of a loss, stay valid
-        before = [(p, p.detach().clone()) for p, _ in self._steps]
+        weights, steps = [p.data for p in self._moving], self._steps
+        self._moving, self._steps = [], []
+        before = flat_copy(weights, weights)[1] if weights else []
         try:
-            with torch.no_grad():
-                for p, step in self._steps:
-                    p.data.add_(step)
-            self._steps = []
+            if weights:
+                torch._foreach_add_(weights, steps)
+            del steps
             torch.clear_autocast_cache()  # it may hold casts of the weights as they were
             yield
         finally:
-            self._steps = []
-            with torch.no_grad():
-                for p, value in before:
-                    p.data.copy_(value)
+            if weights:
+                torch._foreach_copy_(weights, before)
             torch.clear_autocast_cache()
 
 
@@ -100,8 +112,46 @@ class AdaptiveWeights(Weights):
         super().__init__(model, rho=rho, global_norm=global_norm)
         self.eta = checked_radius("eta", eta, "ASAM's paper uses 0.01")
 
-    def _size(self, name: str, p: nn.Parameter) -> Tensor | None:
-        return p.abs().add_(self.eta) if "weight" in name.rpartition(".")[2] else None
+    def _sizes(self, moved: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        named = {name: p for name, p in moved.items() if _is_weight(name)}
+        if not named:
+            return {}
+        sizes = torch._foreach_abs(list(named.values()))
+        torch._foreach_add_(sizes, self.eta)
+        return dict(zip(named, sizes))
+
+
+class RelativeWeights(Weights):
+    """Takes AWP's step (Wu et al. 2020, Section 4, with one step): gamma ||w_l|| g_l / ||g_l|| in each weight w_l.
+
+    Each weight has a radius of its own, relative to its norm. Biases, and gamma and beta of normalisation layers, do
+    not move: what has one dimension, or is not named weight, as in the authors' code. There, the gradient is that of
+    adversarial images; here it is that of the batch, so that methods which attack images can be combined with it.
+
+    Args:
+        model: the network, possibly wrapped.
+        gamma: radius of each weight's step, as a share of its norm, >= 0.
+        global_norm: see `Weights`.
+
+    Raises:
+        ApartError: where no trainable weight has more than one dimension.
+    """
+
+    defaults: ClassVar = {"gamma": 0.005, "global_norm": False}
+
+    def __init__(self, model: nn.Module, *, gamma: float, global_norm: bool):
+        super().__init__(model, rho=0.0, global_norm=global_norm)
+        self.gamma = checked_radius("gamma", gamma, "AWP's authors use 0.005 and 0.01")
+        if not any(p.requires_grad for _, p in self._moved()):
+            raise ApartError(
+                f"{type(model).__name__} has no trainable weight of more than one dimension; use the method 'sam'."
+            )
+
+    def _moved(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in super()._moved() if p.dim() > 1 and _is_weight(name))
+
+    def _scale(self, norms: Tensor, moved: list[Tensor]) -> Tensor:
+        return safe_ratio(self.gamma * torch.stack(torch._foreach_norm(moved)), norms)
 
 
 class NormalisationWeights(Weights):
@@ -129,3 +179,17 @@ class NormalisationWeights(Weights):
     def _moved(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, layer in self._layers:
             yield from layer.named_parameters(prefix, recurse=False)
+
+
+def _is_weight(name: str) -> bool:
+    """Tell whether a parameter is a weight by its name, as the authors of ASAM and of AWP do."""
+    return "weight" in name.rpartition(".")[2]
+
+
+def _multiplied(
+    gradients: Sequence[Tensor], moved: Mapping[str, nn.Parameter], sizes: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Multiply gradients of the parameters in `moved` by the sizes of those that have any."""
+    found = dict(zip(moved, gradients))
+    products = torch._foreach_mul([found[name] for name in sizes], list(sizes.values()))
+    return list((found | dict(zip(sizes, products))).values())

@@ -79,3 +79,12 @@ def check_wrapping(model: nn.Module) -> None:
 def wraps(model: nn.Module) -> bool:
     """Tell whether a wrapper is part of the model."""
     return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network itself, so that names are the same in every wrapper."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -101,9 +101,9 @@ def test_the_table_of_methods():
     rows = dict(re.findall(r"^\| `([a-z][a-z-]*)` \|[^|]*\|([^|]*)\|[^|]*\|$", README, re.M))
     assert rows.keys() == METHODS.keys()
     for name, cell in rows.items():
-        documented = {key: float(value) for key, value in re.findall(r"`(\w+)` \(([\d.]+)\)", cell)}
-        numbers = {k: v for k, v in METHODS[name].hyper_parameters().items() if not isinstance(v, bool)}
-        assert documented == numbers
+        documented = dict(re.findall(r"`(\w+)` \(([\w.]+)\)", cell))
+        values = {k: v for k, v in METHODS[name].hyper_parameters().items() if not isinstance(v, bool)}
+        assert documented == {k: v if isinstance(v, str) else f"{v:g}" for k, v in values.items()}
 
 
 def test_every_recipe_is_described():

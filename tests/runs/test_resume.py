@@ -27,6 +27,8 @@ CASES = {
     "apart, stream": {"method": "apart", "groups": 2, "streaming": True, "shuffle_buffer": 20},
     "sam": {"method": "sam", "grad_accum_steps": 2, "opt": "adamw", "lr": 1e-3, "checkpoint_every": "1"},
     "apart-sam": {"method": "apart-sam", "groups": 2, "amp_dtype": "bfloat16", "sched": "cosine", "warmup_epochs": 1},
+    "gsam": {"method": "gsam", "rho_min": 0.01, "sched": "cosine", "grad_accum_steps": 2},
+    "advbn": {"method": "advbn", "steps": 2, "ratio": 0.5, "aux_affine": True},
     "as timm, by epoch": {
         "method": "apart",
         "groups": 2,

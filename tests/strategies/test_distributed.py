@@ -25,6 +25,9 @@ CASES = [
 ]
 
 
+ACCUMULATED = ("apart", "sam", "apart-sam", "gsam", "awp")
+
+
 def worker(rank, folder):
     start_rank(rank, folder)
     reductions, collectives, all_reduce = [], [], dist.all_reduce
@@ -98,7 +101,7 @@ def accumulating_worker(rank, folder):
     """Two micro-batches, the first without synchronisation; then 50 optimizer steps in float32."""
     start_rank(rank, folder)
     found = {}
-    for method in ("apart", "sam", "apart-sam"):
+    for method in ACCUMULATED:
         model = build("test_byobnet")
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         strategy = create_strategy(method, wrapped, **HYPER[method])
@@ -135,7 +138,7 @@ def accumulating_worker(rank, folder):
 @pytest.mark.process
 def test_micro_batches_and_fifty_steps_on_two_ranks(tmp_path):
     ranks = on_two_ranks(accumulating_worker, tmp_path)
-    for method in ("apart", "sam", "apart-sam"):
+    for method in ACCUMULATED:
         # the buffers of the first micro-batch have no part in the gradient of the second
         parts = [
             reference_step(

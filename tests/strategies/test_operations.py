@@ -55,6 +55,16 @@ def test_a_step_whose_gradients_are_new(groups):
     assert apart <= 2.6 * plain
 
 
+@pytest.mark.parametrize("kept", [KEPT, NONE])
+@pytest.mark.parametrize("method", ["sam", "asam", "sam-on", "gsam", "awp"])
+def test_a_step_in_the_weights(method, kept):
+    """Two passes, and a few operations for all parameters at once, whether gradients were there before or not."""
+    plain = operations("standard", False, torch.float32, kept).operations
+    moved = operations(method, False, torch.float32, kept).operations
+    assert moved.total() <= 2.1 * plain.total()
+    assert sum(count for name, count in moved.items() if name.startswith("_foreach")) <= 14
+
+
 def test_layers_share_what_is_per_channel():
     """Ten more layers cost ten times their kernels, and nothing else."""
 

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[2]
 GOOD = """
 import timm
 import torch
-from apart_hf import create_loss, create_strategy, list_strategies
+from apart_hf import Perturbation, create_loss, create_strategy, list_strategies
+
+
+class Own(Perturbation):
+    pass
+
 
 model = timm.create_model("test_resnet", num_classes=3)
 create_strategy("standard", model)
@@ -31,8 +36,12 @@ create_strategy("ghost-bn", model, groups=4)
 create_strategy("advprop", model, pixel_epsilon=4, pixel_step=1, steps=5, random_start=True, aux_affine=True, ratio=0.5)
 create_strategy("fast-advprop", model, pixel_epsilon=1.0, mean=[0.5], std=(0.5, 0.5, 0.5))
 create_strategy("apart-advprop", model, epsilon=0.1, steps=2)
+create_strategy("gsam", model, rho=0.1, alpha=0.1)
+create_strategy("awp", model, gamma=0.01)
+create_strategy("advbn", model, layer="layer2", steps=2, step_size=0.1)
 for name in list_strategies():
     strategy = create_strategy(name, model)
+create_strategy([Own(model), "apart"], model, keeps_clean_gradient=False, groups=4, every=2)
 loss, output = strategy.accumulate_gradients(torch.ones(4, 3, 8, 8), torch.ones(4).long(), torch.nn.CrossEntropyLoss())
 print(loss.item(), strategy.passes * 2)
 loss, aux = strategy.accumulate({"x": torch.ones(4, 3, 8, 8)}, lambda batch: model(batch["x"]).mean(), samples=4)
@@ -53,6 +62,7 @@ total.backward()
 print(numbers[0] + 1)
 for name in list_strategies():
     create_loss(name, model, loss_fn)
+create_loss([Own(model)], model, loss_fn, keeps_clean_gradient=False)(batch).backward()
 """
 BAD = {
     "misspelt method": 'create_strategy("aprat", model)',
@@ -69,6 +79,10 @@ BAD = {
     "no model": 'create_strategy("apart", "resnet18")',
     "no such way with uneven batches": 'create_strategy("apart", model, uneven="skip")',
     "every is whole": 'create_strategy("apart", model, every=1.5)',
+    "no perturbation": "create_strategy([model], model)",
+    "misspelt method in a list": 'create_strategy(["aprat"], model)',
+    "a method has its own combination": 'create_strategy("sam", model, keeps_clean_gradient=True)',
+    "a loss of no perturbation": "create_loss([model], model, loss_fn)",
     "misspelt method of a loss": 'create_loss("aprat", model, loss_fn)',
     "misspelt hyper-parameter of a loss": 'create_loss("apart", model, loss_fn, groupz=4)',
     "hyper-parameter of another loss": 'create_loss("sam", model, loss_fn, groups=4)',
@@ -108,8 +122,16 @@ def test_a_wrong_call_is_a_type_error(found, case):
     here = list(BAD).index(case)
     messages = [text for file, line, text in found if file == "bad.py" and line == here]
     assert messages
-    names = ("create_strategy", "create_loss", "accumulate_gradients", "TwoPassLoss")
+    names = ("create_strategy", "create_loss", "accumulate_gradients", "TwoPassLoss", "List item")
     assert all(any(name in text for name in names) for text in messages)
+
+
+def by_name(make):
+    """The overloads that take a method's name, with their hints: another one takes a list."""
+    found = [(one, get_type_hints(one)) for one in get_overloads(make)]
+    lists = [one for one, hints in found if "options" not in hints]
+    assert len(lists) == 1 and inspect.signature(lists[0]).parameters.keys() > {"name", "keeps_clean_gradient"}
+    return [hints for one, hints in found if one not in lists]
 
 
 MAKERS = pytest.mark.parametrize("make, common", [(create_strategy, Standard), (create_loss, LossOptions)])
@@ -119,8 +141,7 @@ MAKERS = pytest.mark.parametrize("make, common", [(create_strategy, Standard), (
 def test_declared_names_are_those_of_the_table(make, common):
     assert list(get_args(MethodName)) == list(METHODS) == list_strategies()
     declared = {}
-    for overload in get_overloads(make):
-        hints = get_type_hints(overload)
+    for hints in by_name(make):
         (options,) = get_args(hints["options"])
         for name in get_args(hints["name"]):
             assert name not in declared
@@ -131,8 +152,8 @@ def test_declared_names_are_those_of_the_table(make, common):
 @MAKERS
 def test_declared_types_are_those_of_the_defaults(make, common):
     kinds = {}
-    for overload in get_overloads(make):
-        (options,) = get_args(get_type_hints(overload)["options"])
+    for hints in by_name(make):
+        (options,) = get_args(hints["options"])
         kinds |= get_type_hints(options)
     for method in METHODS.values():
         for key, default in method.hyper_parameters().items():
@@ -143,4 +164,4 @@ def test_declared_types_are_those_of_the_defaults(make, common):
 def test_what_every_method_takes_is_what_the_function_takes(make, common):
     parameters = inspect.signature(make).parameters.values()
     keywords = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert keywords == set(get_type_hints(common))
+    assert keywords == {*get_type_hints(common), "keeps_clean_gradient"}  # the latter is of lists alone

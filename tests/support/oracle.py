@@ -17,6 +17,8 @@ HYPER = {
     "asam": {"rho": 0.5, "eta": 0.02},
     "apart-asam": {"epsilon": 0.1, "groups": 4, "rho": 0.5},
     "sam-on": {"rho": 0.5},
+    "gsam": {"rho": 0.1, "alpha": 0.7},
+    "awp": {"gamma": 0.05},
     "random-bn": {"epsilon": 0.1, "groups": 4},
     "ghost-bn": {"groups": 4},
 }
