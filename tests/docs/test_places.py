@@ -17,7 +17,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "model_cards/card.md",
     ROOT / "apart_hf/batchnorm/README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PACKAGE = ROOT / "apart_hf"
 TESTS = {
@@ -118,7 +118,7 @@ def test_the_example_of_batchnorm_runs():
     assert all(p.grad.isfinite().all() for p in scope["model"].parameters())
 
 
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
 def test_commands_are_named_rather_than_files_that_a_wheel_lacks(document):
     """Whoever has installed the package has `apart-hf`; the measurements in scripts/ are run from a checkout."""
     doors = "|".join(file.stem for file in (ROOT / "scripts").glob("*.py") if "apart_hf.cli." in file.read_text())
