@@ -43,7 +43,10 @@ PUBLIC = (
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Write rows as a table without padding: a longer cell then changes its own line alone."""
+    """Write rows without columns that are empty, and without padding: a longer cell then changes its own line alone."""
+    rows = [
+        {name: value for name, value in row.items() if any(r[name] not in ("", None) for r in rows)} for row in rows
+    ]
     return re.sub(r" {2,}", " ", re.sub(r"-{4,}", "---", markdown_table(rows)))
 
 
