@@ -60,7 +60,7 @@ def options(document: Path) -> str:
 
 
 def _option(setting: Setting) -> dict[str, object]:
-    resumed = {"free": "yes", "override": "with `--override`", "fixed": "no"}
+    resumed = {"free": "yes", "override": "override", "fixed": "no"}
     # what a default depends on stands in brackets, as in --help
     text = re.sub(r"\[(.*?)\]", r"(default: \1)", setting.help).replace("*", r"\*").replace("<", "&lt;")
     return {
@@ -68,13 +68,13 @@ def _option(setting: Setting) -> dict[str, object]:
         "takes": _taken(setting),
         "default": _default(setting.default),
         "what it does": text,
-        "may change on resuming": resumed[setting.on_resume],
+        "on resuming": resumed[setting.on_resume],
     }
 
 
 def _taken(setting: Setting) -> str:
     if setting.kind is bool:
-        return "" if setting.name.startswith("no_") else f"or `--no-{setting.flag.removeprefix('--')}`"
+        return "nothing"
     if setting.choices:
         return ", ".join(f"`{choice}`" for choice in setting.choices)
     one = setting.metavar or {int: "a whole number", float: "a number"}.get(setting.kind, "text")
