@@ -4,7 +4,7 @@
     python scripts/document_tables.py
     python scripts/document_tables.py --check
 
-A document has a place between `<!-- table: NAME -->` and `<!-- end of table -->` for each. --check writes nothing, and
+A document has a place between `<!-- table: NAME -->` and `<!-- table ends -->` for each. --check writes nothing, and
 ends with exit code 2 where one is out of date.
 """
 
@@ -30,7 +30,7 @@ from apart_hf.utils.files import write_whole
 from apart_hf.utils.text_table import markdown_table
 
 ROOT = Path(__file__).parents[1]
-PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL)
+PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>\S+) -->\n).*?(?P<end><!-- table ends -->)", re.DOTALL)
 INTEGRATIONS = (
     *(f"transformers.{name}" for name in ("ApartTrainer", "ApartTrainingArguments", "ApartMixin")),
     "lightning.Apart",

@@ -99,7 +99,7 @@ def test_tables_are_current(tables):
 def test_every_table_has_one_place(tables, tmp_path):
     places = [name for page in PAGES for name in re.findall(r"^<!-- table: (\S+) -->$", page.read_text(), re.M)]
     assert sorted(places) == sorted(tables["TABLES"])
-    (tmp_path / "page.md").write_text("<!-- table: option -->\n<!-- end of table -->\n")
+    (tmp_path / "page.md").write_text("<!-- table: option -->\n<!-- table ends -->\n")
     with pytest.raises(ApartError, match="did you mean 'options'"):
         tables["rendered"](tmp_path / "page.md")
 
