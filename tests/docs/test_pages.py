@@ -7,12 +7,25 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
+from apart_hf import create_strategy
+from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.train_config import SETTINGS
 from apart_hf.errors import ApartError
+from apart_hf.paper.scales import SCALES
 from apart_hf.strategies.methods import METHODS
-from tests.support.documents import PAGES, blocks, commands, known_flags, named_flags, paragraphs, parse
+from tests.support.documents import (
+    PAGES,
+    blocks,
+    commands,
+    inline_commands,
+    known_flags,
+    named_flags,
+    paragraphs,
+    parse,
+)
 from tests.support.helpers import ROOT
 
 DOCS = ROOT / "docs"
@@ -35,6 +48,12 @@ def name_of(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_parse(page, monkeypatch, tmp_path, capsys):
     for name, arguments in commands(page.read_text()):
+        parse(name, arguments, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_within_sentences_parse(page, monkeypatch, tmp_path, capsys):
+    for name, arguments in inline_commands(page.read_text()):
         parse(name, arguments, tmp_path, monkeypatch)
 
 
@@ -118,6 +137,31 @@ def test_a_card_is_linked_from_the_table(tables, tmp_path, monkeypatch):
     (tmp_path / "docs/methods/sam.md").touch()
     table = tables["methods"](tmp_path / "docs/METHODS.md")
     assert "| [`sam`](methods/sam.md) |" in table and "| `apart` |" in table
+
+
+def test_the_errors_of_the_page_are_those_that_are_raised():
+    page = (DOCS / "reference/exit-codes.md").read_text()
+    begins = re.findall(r"^\| (`[^|]*`) \|", page, re.M)
+    model, frozen = (timm.create_model("test_resnet") for _ in range(2))
+    for layer in frozen.modules():
+        layer.train(not isinstance(layer, torch.nn.BatchNorm2d))
+    batch = torch.randn(16, 3, 32, 32), torch.arange(16), torch.nn.CrossEntropyLoss()
+    calls = (
+        lambda: create_strategy("apart", model).accumulate_gradients(torch.randn(61, 3, 32, 32), None, None),
+        lambda: create_strategy("apart", timm.create_model("test_resnet").eval()).accumulate_gradients(*batch),
+        lambda: create_strategy("apart", frozen).accumulate_gradients(*batch),
+        lambda: create_strategy("apart", timm.create_model("test_vit")),
+        lambda: parse_arguments(["--recipe", "cifar-100"]),
+    )
+    for begin, call in zip(begins, calls, strict=True):
+        with pytest.raises(ApartError) as error:
+            call()
+        assert any(str(error.value).startswith(one) for one in re.findall(r"`([^`]*)`", begin)), begin
+
+
+def test_the_scales_of_the_page():
+    page = (DOCS / "paper/tables.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == {*SCALES}
 
 
 def test_the_rooms_stand_in_the_order_of_the_contract():

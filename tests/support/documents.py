@@ -33,6 +33,21 @@ def commands(text):
             yield SPELLINGS.get(name, name), words
 
 
+INLINE = re.compile(r"`((?:accelerate launch (?:--\w+ \d+ )*-m apart_hf|python -m apart_hf|apart-hf) \w+[^`]*)`")
+FILLED = {"FOLDER", "RUN", "PART", "OUT", "DIR"}  # places for what any name fills
+
+
+def inline_commands(text):
+    """(name, arguments) of our commands within sentences, but for bare names and those with a place for a number."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).replace("-METHOD", "-apart")
+    for code in INLINE.findall(prose):
+        found, words = COMMAND.search(code), shlex.split(code)
+        places = {word for word in words if re.fullmatch(r"[A-Z][A-Z0-9/]*", word)} - FILLED
+        arguments = shlex.split(code[found.end() :])
+        if arguments and "..." not in words and not places:
+            yield SPELLINGS.get(found[1], found[1]), arguments
+
+
 def parse(name, arguments, folder, monkeypatch):
     """Read a command as far as it goes without working: a run of tables is made dry, in a folder."""
     if name == "train":
