@@ -30,7 +30,7 @@ from tests.support.helpers import ROOT
 
 DOCS = ROOT / "docs"
 #: whose code other tests run, beside what it does
-ELSEWHERE = {"LOOPS.md"}
+ELSEWHERE = {"LOOPS.md", "own-loop.md"}
 #: what timm, accelerate and others have, which these pages tell apart from ours
 OF_OTHERS = {
     "TIMM.md": None,  # tests/config/test_timm_script.py looks at each

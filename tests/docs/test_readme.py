@@ -33,6 +33,7 @@ def test_it_begins_with_what_it_is_and_a_picture():
 
 def test_the_loop_runs():
     (loop,) = blocks(README, "python")
+    assert blocks((DOCS / "start/own-loop.md").read_text(), "python") == [loop]
     scope = {}
     exec(loop, scope)
     assert scope["loss"].isfinite() and scope["output"].shape == (32, 10)
