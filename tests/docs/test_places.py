@@ -17,7 +17,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "model_cards/card.md",
     ROOT / "apart_hf/batchnorm/README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PACKAGE = ROOT / "apart_hf"
 TESTS = {
@@ -79,14 +79,14 @@ def test_what_a_document_names_can_be_missing():
     )
 
 
-def test_the_rooms_of_the_readme():
-    rows = re.findall(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|$", section("README.md", "Where things are"), re.M)
+def test_the_rooms_of_the_page():
+    rows = re.findall(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|$", section("docs/ARCHITECTURE.md", "Where things are"), re.M)
     rooms = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
     assert {room for room, _ in rows} == rooms and len(rows) == len(rooms)
     for room, start in rows:
         assert [name for name in re.findall(r"`([^`]+)`", start) if not (PACKAGE / room / name).exists()] == []
     modules = {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert all(f"`{name}`" in section("README.md", "Where things are") for name in modules)
+    assert all(f"`{name}`" in section("docs/ARCHITECTURE.md", "Where things are") for name in modules)
 
 
 def test_setup_knows_every_room():
@@ -118,7 +118,7 @@ def test_the_example_of_batchnorm_runs():
     assert all(p.grad.isfinite().all() for p in scope["model"].parameters())
 
 
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
 def test_commands_are_named_rather_than_files_that_a_wheel_lacks(document):
     """Whoever has installed the package has `apart-hf`; the measurements in scripts/ are run from a checkout."""
     doors = "|".join(file.stem for file in (ROOT / "scripts").glob("*.py") if "apart_hf.cli." in file.read_text())

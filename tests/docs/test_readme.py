@@ -1,100 +1,92 @@
-"""The README is true: its code runs, its flags exist, its tables are the code's own."""
+"""The README is true and short: its code runs, its commands are read, its table of methods is the code's own."""
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 
 from apart_hf.__main__ import COMMANDS
-from apart_hf.cli import analyse, pack, pull, push_to_hub, reproduce, validate
-from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.recipes import RECIPES
 from apart_hf.data import DATASETS
 from apart_hf.strategies.methods import METHODS
+from tests.support.documents import blocks, commands, known_flags, named_flags, paragraphs, parse
+from tests.support.helpers import ROOT
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1700
+    assert len(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))) <= 22
+    assert [part for part in paragraphs(README) if len(part.split()) > 80] == []
+
+
+def test_it_begins_with_what_it_is_and_a_picture():
+    first = README.splitlines()[:20]
+    assert any("docs/pictures/two-passes.svg" in line for line in first)
+    links = re.findall(r"\]\(#([a-z-]+)\)", README)
+    titles = {
+        re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+    assert len(links) >= 10 and set(links) <= titles
 
 
 def test_the_loop_runs():
-    (loop,) = blocks("python")
+    (loop,) = blocks(README, "python")
+    assert blocks((DOCS / "start/own-loop.md").read_text(), "python") == [loop]
     scope = {}
     exec(loop, scope)
     assert scope["loss"].isfinite() and scope["output"].shape == (32, 10)
+    assert len([line for line in loop.splitlines() if line]) <= 13
 
 
-def commands(name):
-    """The arguments of every command of this name, in any of its forms."""
-    forms = re.compile(rf"(?:apart-hf|-m apart_hf) {name} |scripts/{name}\.py ")
-    lines = "".join(blocks("bash")).splitlines()
-    return [shlex.split(line[found.end() :]) for line in lines if (found := forms.search(line))]
+def test_lines_for_other_trainers_are_those_of_their_pages():
+    """Which run them."""
+    pages = "".join((DOCS / name).read_text() for name in ("LOOPS.md", "TIMM.md")).splitlines()
+    (lines,) = blocks(README, "diff")
+    added = [line for line in lines.splitlines() if line.startswith("+")]
+    assert len(added) == 7 and [line for line in added if line not in pages] == []
+
+
+def shown(name):
+    return [arguments for command, arguments in commands(README) if command == name]
 
 
 def test_the_first_command_is_that_of_the_launcher():
-    first, *others = [line for line in "".join(blocks("bash")).splitlines() if "train" in line]
+    first, *others = [line for line in "".join(blocks(README, "bash")).splitlines() if "train" in line]
     assert first.endswith("pip install . && accelerate launch scripts/train.py --model resnet18 --method apart")
     assert not any("scripts/" in line for line in others)  # what is installed needs none
 
 
+def test_two_commands_set_up_a_bare_machine():
+    """Each makes or finds its environment, installs, and does what it is for."""
+    train, tests = [line for line in "".join(blocks(README, "bash")).splitlines() if "pip install" in line]
+    assert train.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install . && ")
+    assert tests == 'pip install -e ".[test]" && python -m pytest -n 2 --dist loadfile'
+
+
 def test_every_command_is_shown():
-    assert all(commands(name) or f"`{name}`" in README or f"`apart-hf {name}`" in README for name in COMMANDS)
+    assert all(shown(name) or f"`{name}`" in README for name in COMMANDS)
 
 
-def test_every_train_command_parses():
-    found = commands("train")
-    assert len(found) == 8
-    for arguments in found:
-        parse_arguments(arguments)
+def test_every_command_parses(monkeypatch, tmp_path, capsys):
+    found = list(commands(README))
+    assert [name for name, _ in found].count("train") == 5 and len(found) == 9
+    for name, arguments in found:
+        parse(name, arguments, tmp_path, monkeypatch)
 
 
-def test_every_analyse_command_parses(monkeypatch):
-    parsed = []
-    monkeypatch.setattr(analyse, "_run", parsed.append)
-    for arguments in commands("analyse"):
-        analyse.main(arguments)
-    assert [args.figure for args in parsed] == ["attack", "robustness", "corruptions"]
+def test_every_table_command_parses(monkeypatch, tmp_path, capsys):
+    found = [call for page in (README, (DOCS / "paper/tables.md").read_text()) for call in commands(page)]
+    for name, arguments in found:
+        if name == "reproduce":
+            parse(name, arguments, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out.count("apart-hf train --recipe cifar100-wrn40-apart ")
+    assert printed == 5 + 1 + 5 + 5 + 3 * 5
 
 
-@pytest.mark.parametrize(
-    "module, name", [(push_to_hub, "push"), (pull, "pull"), (pack, "pack"), (validate, "validate")]
-)
-def test_every_command_of_a_model_parses(module, name, monkeypatch):
-    parsed = []
-    monkeypatch.setattr(module, "_run", parsed.append)
-    for arguments in commands(name):
-        module.main(arguments)
-    assert len(parsed) == 1
-
-
-def test_every_table_command_parses(capsys, tmp_path):
-    found = commands("reproduce")
-    assert len(found) == 4
-    for arguments in found:
-        reproduce.main([*arguments, "--dry-run", "--results", str(tmp_path)])
-    assert capsys.readouterr().out.count("apart-hf train --recipe cifar100-wrn40-apart ") == 1 + 5 + 5 + 3 * 5
-
-
-def test_every_flag_exists(capsys):
-    for command, *figure in (
-        (parse_arguments,),
-        (push_to_hub.main,),
-        (pull.main,),
-        (pack.main,),
-        (reproduce.main,),
-        (validate.main,),
-        (analyse.main, "attack"),
-        (analyse.main, "robustness"),
-        (analyse.main, "corruptions"),
-    ):
-        with pytest.raises(SystemExit):
-            command([*figure, "--help"])
-    flags = capsys.readouterr().out
-    prose = re.sub(r"```.*?```|`python [^`]*`", "", README, flags=re.S)  # other programs have flags of their own
-    assert all(flag in flags for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose))
+def test_every_flag_exists():
+    assert named_flags(README) - known_flags() == set()
 
 
 def test_the_table_of_methods():
@@ -106,12 +98,37 @@ def test_the_table_of_methods():
         assert documented == {k: v if isinstance(v, str) else f"{v:g}" for k, v in values.items()}
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/choosing.md"])
+def test_the_table_of_cases_names_methods(page):
+    (table,) = re.findall(r"^\| your case \|.*?\n\n", (ROOT / page).read_text(), re.M | re.S)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    assert len(rows) >= 6
+    for _, methods, settings, _ in rows:
+        names = re.findall(r"`([a-z-]+)`", methods)
+        assert names and set(names) <= METHODS.keys()
+        hyper = {key for name in names for key in METHODS[name].hyper_parameters()} | {"every", "perturb-from-epoch"}
+        assert set(re.findall(r"--([a-z-]+)", settings)) <= hyper
+
+
 def test_every_recipe_is_described():
-    stems = re.findall(r"`((?:cifar|tiny|imagenet)[a-z0-9-]*-(?:wrn40|preact18|resnet18))`", README)
+    page = (DOCS / "paper/recipes.md").read_text().split("<!-- table")[0]
+    stems = re.findall(r"`((?:cifar|tiny|imagenet)[a-z0-9-]*-(?:wrn40|preact18|resnet18))`", page)
     assert {name.rsplit(method, 1)[0] for name, method in ((n, f"-{s['method']}") for n, s in RECIPES.items())} == set(
         stems
     )
 
 
 def test_every_dataset_is_named():
-    assert all(f"`{name}`" in README for name in DATASETS)
+    assert all(f"`{name}`" in (DOCS / "DATA.md").read_text() for name in DATASETS)
+
+
+def test_figures_of_gain_are_those_of_the_results():
+    """The paper's from the table of published accuracies, ours from the study's."""
+    from apart_hf.paper.tables import TABLES
+
+    published = TABLES["table1"].parts["cifar100", "wide_resnet40_2"]
+    gains = [published["apart"][0] - published[row][0] for row in ("standard", "standard-2x")]
+    assert f"| {gains[0]:+.2f} | {gains[1]:+.2f} |" in README
+    study = (ROOT / "results/study-cifar100-wide_resnet16_2-small.md").read_text()
+    (row,) = [line.split("|") for line in study.splitlines() if line.startswith("| apart |")]
+    assert f"| {row[5].strip()} | {row[6].strip()} | {row[7].strip()} |" in README

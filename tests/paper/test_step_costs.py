@@ -204,7 +204,7 @@ def test_a_document_is_rendered_anew(tmp_path, monkeypatch, capsys):
 
 
 def test_documents_have_the_tables_of_their_files():
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     marked = [path for path in documents if "<!-- end of " in path.read_text()]
     assert ROOT / "docs/COST.md" in marked
     for path in marked:
