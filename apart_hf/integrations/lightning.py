@@ -15,8 +15,8 @@ from apart_hf.integrations.extras import brought_by
 from apart_hf.integrations.lightning_step import NoLoss, StepCall, check_module
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.loss import create_loss
+from apart_hf.strategies.machine import processes
 from apart_hf.strategies.methods import check_hyper_parameters
-from apart_hf.strategies.perturbation import processes
 from apart_hf.strategies.sample_count import count_samples
 from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss

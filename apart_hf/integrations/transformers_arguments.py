@@ -28,8 +28,8 @@ class ApartTrainingArguments(TrainingArguments):
 
     Args:
         apart_method: one of `list_strategies()`.
-        apart_epsilon, apart_groups, apart_ratio, apart_rho, apart_eta, apart_gamma, apart_alpha, apart_pixel_epsilon,
-            apart_pixel_step, apart_layer, apart_step_size, apart_steps: see `create_strategy`.
+        apart_epsilon, apart_groups, apart_ratio, apart_rho, apart_eta, apart_gamma, apart_alpha: see `create_strategy`.
+        apart_pixel_epsilon, apart_pixel_step, apart_layer, apart_step_size, apart_steps: see `create_strategy`.
         apart_every: the second pass is made in each so-manieth step of the optimizer.
         apart_uneven: see `create_strategy`; the default fits groups and ratio to batches of any size.
 

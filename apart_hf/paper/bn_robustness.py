@@ -23,7 +23,7 @@ from apart_hf.strategies.bn_perturbations import (
     RandomStatistics,
     UniformStatistics,
 )
-from apart_hf.strategies.perturbation import checked_radius
+from apart_hf.strategies.scalars import checked_radius
 
 STATISTICS = ("mean", "std")
 Batches = Iterable[tuple[Tensor, Tensor]]

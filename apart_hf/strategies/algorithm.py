@@ -18,8 +18,8 @@ from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
 from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
+from apart_hf.strategies.machine import draw_device, processes
 from apart_hf.strategies.passes import applied, ascending, further_passes, shown
-from apart_hf.strategies.perturbation import draw_device, processes
 from apart_hf.strategies.sample_count import count_samples, rows_of
 from apart_hf.strategies.samples import can_be_sorted, check_rows, select_samples
 from apart_hf.strategies.scalars import python_number

@@ -16,8 +16,9 @@ from apart_hf.batchnorm.layouts import is_channels_last
 from apart_hf.batchnorm.patching import check_present, replaced_forwards, supported_layers
 from apart_hf.batchnorm.shared import Shared
 from apart_hf.errors import ApartError
-from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, draw_device, processes
-from apart_hf.strategies.scalars import python_number
+from apart_hf.strategies.machine import draw_device, processes
+from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.scalars import checked_option, checked_radius, python_number
 
 # Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
 # only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest

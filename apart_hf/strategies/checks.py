@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
-from apart_hf.strategies.perturbation import processes
+from apart_hf.strategies.machine import processes
 from apart_hf.strategies.wrapping import wraps
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineEngine")

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from apart_hf.strategies.ddp import find_ddp, within_forward
 from apart_hf.strategies.flat import flat_copy, pieces, safe_ratio
 from apart_hf.strategies.gradients import handed_on, isolated_gradients, scaled_gradients, unsynchronised
-from apart_hf.strategies.perturbation import checked_radius
+from apart_hf.strategies.scalars import checked_radius
 
 if TYPE_CHECKING:
     from apart_hf.strategies.fitting import Plan

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.strategies.bn_perturbations import DEAD_ZONE
-from apart_hf.strategies.perturbation import Perturbation, checked_radius
-from apart_hf.strategies.scalars import python_number
+from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.scalars import checked_radius, python_number
 from apart_hf.strategies.wrapping import unwrapped
 
 FIRST_STAGE = "auto"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from apart_hf.errors import ApartError
-from apart_hf.strategies.machine import draw_device as draw_device
-from apart_hf.strategies.machine import processes as processes
-from apart_hf.strategies.scalars import checked_option as checked_option
-from apart_hf.strategies.scalars import checked_radius as checked_radius
+from apart_hf.strategies.pass_samples import PassSamples
 
 
-class Perturbation:
+class Perturbation(PassSamples):
     """What is moved before the second pass; subclass it for a method of your own.
 
     It lives through one call of a strategy like this:
@@ -73,16 +68,12 @@ class Perturbation:
     defaults: ClassVar[dict[str, Any]] = {}
     #: True where `ascend` reads p.grad, so that it must hold the gradient of the clean pass alone.
     reads_weight_gradients: ClassVar[bool] = False
-    #: False where the number of samples has no effect, so that it need not be known.
-    counts_samples: ClassVar[bool] = True
     #: True where `applied` reads the weights, so that others which move them are applied before.
     applied_last: ClassVar[bool] = False
     #: The hyper-parameters that are decided as the strategy is made: `strategy.set` does not change them.
     fixed: ClassVar[frozenset[str]] = frozenset()
     #: True where the class takes what images are normalised by, as `mean` and `std`.
     takes_pixel_scale: ClassVar[bool] = False
-    #: False within a pass whose samples cannot be put in another order; `order` then names none.
-    sorts: bool = True
 
     def __init__(self, model: nn.Module, **hyper: Any):
         self.model = model
@@ -104,49 +95,6 @@ class Perturbation:
             (0, 4)
         """
         return steps - 1
-
-    def check(self, samples: int) -> None:
-        """Refuse a perturbed pass that is impossible; the base class takes any.
-
-        Args:
-            samples: N, the samples of that pass.
-
-        Raises:
-            ApartError: with the numbers and the cure.
-
-        Example:
-            >>> import timm
-            >>> from apart_hf import ApartError, create_strategy
-            >>> (statistics,) = create_strategy("apart", timm.create_model("test_resnet"), groups=4).perturbations
-            >>> try:
-            ...     statistics.check(samples=10)
-            ... except ApartError as error:
-            ...     print(str(error).split(";")[0])
-            groups=4 does not divide the 10 samples of the perturbed pass
-        """
-
-    def fits(self, samples: int) -> Iterator[dict[str, Any]]:
-        """Name hyper-parameters under which a perturbed pass is possible, for `uneven="fit"`.
-
-        Args:
-            samples: N, the samples of that pass.
-
-        Returns:
-            What differs from the hyper-parameters in use, the nearest to them first; further ones are for the case that
-            the pass itself finds too few values in a layer. The base class changes nothing, where `check` allows it.
-
-        Example:
-            >>> import timm
-            >>> from apart_hf import create_strategy
-            >>> (statistics,) = create_strategy("apart", timm.create_model("test_resnet"), groups=16).perturbations
-            >>> list(statistics.fits(samples=60)), list(statistics.fits(samples=8))
-            ([{'groups': 15}], [{'groups': 8}, {'groups': 4}])
-        """
-        try:
-            self.check(samples)
-        except ApartError:
-            return
-        yield {}
 
     def observed(self, samples: int) -> AbstractContextManager[None]:
         """Open the clean pass, in which the gradient to climb is collected; the base class does nothing.
@@ -208,37 +156,6 @@ class Perturbation:
             {}
         """
         return {}
-
-    def order(self, samples: int) -> Tensor | None:
-        """Name the order in which the perturbed pass computes fastest; it has no effect on the gradient.
-
-        Args:
-            samples: N, the samples of that pass.
-
-        Returns:
-            Indices of samples, (N,); None: they may stay as they are.
-
-        Example:
-            >>> import timm, torch
-            >>> from apart_hf import create_strategy
-            >>> model = timm.create_model("test_resnet").to(memory_format=torch.channels_last)
-            >>> (statistics,) = create_strategy("apart", model, groups=2).perturbations
-            >>> statistics.order(samples=6)
-            tensor([0, 2, 4, 1, 3, 5])
-        """
-        return None
-
-    def select(self, chosen: Tensor | None) -> None:
-        """Take note of the samples of all passes after the clean one; the base class has none of its own.
-
-        Args:
-            chosen: (N,) indices of samples of the batch, in the order of those passes; None: all, in theirs.
-
-        Example:
-            >>> import timm, torch
-            >>> from apart_hf import Perturbation
-            >>> Perturbation(timm.create_model("test_resnet")).select(torch.tensor([3, 0]))
-        """
 
     def climbing(self, samples: int) -> AbstractContextManager[None]:
         """Open a pass of a further ascent, of this or another perturbation: in place, it collects its gradient.

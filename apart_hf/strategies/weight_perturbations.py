@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from apart_hf.errors import ApartError
 from apart_hf.strategies.flat import flat_copy, safe_ratio
-from apart_hf.strategies.machine import averaged
-from apart_hf.strategies.perturbation import Perturbation, checked_option, checked_radius, processes
+from apart_hf.strategies.machine import averaged, processes
+from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.scalars import checked_option, checked_radius
 
 
 class Weights(Perturbation):

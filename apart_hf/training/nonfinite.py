@@ -240,12 +240,8 @@ class Guard:
         return self.optimizer.param_groups[0]["lr"]
 
     def _sizes(self, last: bool) -> Iterable[Tensor]:
-        """Return largest values: finite where running statistics and, after a step's last batch, gradients are.
-
-        Sums may overflow where no value does.
-        """
-        trained = (*self.network.parameters(), *self._held)
-        gradients = [p.grad for p in trained if p.grad is not None and p.grad.numel()]
+        """Return largest values, no sums: finite where running statistics and, as a step ends, gradients are."""
+        gradients = [p.grad for p in (*self.network.parameters(), *self._held) if p.grad is not None and p.grad.numel()]
         if self._watched:
             yield from torch._foreach_norm(list(self._watched.values()), math.inf)
         if last and gradients and self.accelerator.scaler is None:
