@@ -69,6 +69,13 @@ ROWS: dict[str, Row] = {
     "apart-ratio0.25": _apart(ratio=0.25),
     # of its second part: networks that still learn lose by the attack
     "apart-last-half": Row("apart", plain_share=0.5),
+    # other adversaries, by their own defaults and for as many epochs, so that each has the cost that its steps have
+    "gsam": Row("standard", None, {"method": "gsam"}),
+    "awp": Row("standard", None, {"method": "awp"}),
+    "advprop": Row("standard", None, {"method": "advprop"}),
+    "advprop-k1": Row("standard", None, {"method": "advprop", "steps": 1}),
+    "fast-advprop": Row("standard", None, {"method": "fast-advprop"}),
+    "advbn": Row("standard", None, {"method": "advbn"}),
 }
 _TABLE_1 = (
     "standard",
@@ -208,6 +215,12 @@ TABLES: dict[str, Table] = {
                     "apart-every2",
                     "apart-ratio0.25",
                     "apart-last-half",
+                    "gsam",
+                    "awp",
+                    "advprop",
+                    "advprop-k1",
+                    "fast-advprop",
+                    "advbn",
                 )
             )
         },

@@ -34,7 +34,7 @@ def test_every_field_says_what_it_is_for(name):
 def test_every_number_has_a_range_but_few():
     """These are checked elsewhere: by the method, against the data, and by the form of the whole list."""
     without = {known.name for known in SETTINGS.values() if known.kind in (int, float) and known.range is None}
-    of_methods = {"epsilon", "groups", "rho", "eta", "gamma", "step_size"}
+    of_methods = {"epsilon", "groups", "rho", "eta", "alpha", "gamma", "step_size"}
     assert without == of_methods | {"num_classes", "input_size"}
 
 
