@@ -35,7 +35,7 @@ def made_perturbations(
 
 def made_combination(method: Method, model: nn.Module, hyper: Mapping[str, Any]) -> MeanBySamples:
     """Make the combination of a method, which checks its own hyper-parameters."""
-    kind = method.combination
+    kind = method.combined_by
     return kind(model, **{key: hyper[key] for key in kind.defaults})
 
 

@@ -19,8 +19,8 @@ class Method:
         keeps_clean_gradient: True: M/(M+N) of the clean and N/(M+N) of the perturbed gradient (Algorithm 1, line 12).
             False: the perturbed gradient alone (R = 0 in Eq. 2, as in SAM).
         defaults: hyper-parameters that differ from the perturbations' own defaults.
-        combination: the class of how the two gradients become one, where that is neither; it then decides
-            `keeps_clean_gradient`.
+        combination: the class of how the two gradients become one, where that is neither; None: as
+            `keeps_clean_gradient` says.
 
     Example:
         >>> from apart_hf import METHODS
@@ -36,12 +36,18 @@ class Method:
     perturbations: tuple[type[Perturbation], ...] = ()
     keeps_clean_gradient: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
-    combination: type[MeanBySamples] = MeanBySamples
+    combination: type[MeanBySamples] | None = None
 
-    def __post_init__(self) -> None:
-        if self.combination is MeanBySamples and not self.keeps_clean_gradient:
-            object.__setattr__(self, "combination", PerturbedAlone)
-        object.__setattr__(self, "keeps_clean_gradient", self.combination.keeps_clean_gradient)
+    @property
+    def combined_by(self) -> type[MeanBySamples]:
+        """Tell how the two gradients become one.
+
+        Example:
+            >>> from apart_hf import METHODS
+            >>> METHODS["apart"].combined_by.__name__, METHODS["gsam"].combined_by.__name__
+            ('MeanBySamples', 'SurrogateGap')
+        """
+        return self.combination or (MeanBySamples if self.keeps_clean_gradient else PerturbedAlone)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """List every hyper-parameter of the method with its default: numbers, then options.
@@ -55,8 +61,8 @@ class Method:
             {'rho': 0.05, 'global_norm': False}
         """
         found = {name: value for p in self.perturbations for name, value in p.defaults.items()}
-        found |= self.combination.defaults
-        if self.perturbations and self.keeps_clean_gradient:
+        found |= self.combined_by.defaults
+        if self.perturbations and self.combined_by.keeps_clean_gradient:
             found["ratio"] = 1.0
         found |= self.defaults
         return dict(sorted(found.items(), key=lambda item: isinstance(item[1], bool)))

@@ -74,7 +74,7 @@ def listed_method(
     for one in wanted:
         if isinstance(one, str):
             method = table[one]
-            if method.combination not in (MeanBySamples, PerturbedAlone):
+            if method.combined_by not in (MeanBySamples, PerturbedAlone):
                 raise ApartError(f"method {one!r} decides how gradients are combined; use it alone, by its name.")
             made += method.perturbations
             new = {key: method.hyper_parameters()[key] for p in method.perturbations for key in p.defaults}

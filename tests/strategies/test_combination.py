@@ -32,13 +32,13 @@ def test_the_surrogate_gap_adds_what_is_orthogonal():
 
 
 def test_a_method_names_its_combination():
-    kinds = {name: method.combination for name, method in METHODS.items() if method.perturbations}
+    kinds = {name: method.combined_by for name, method in METHODS.items() if method.perturbations}
     assert {name for name, kind in kinds.items() if kind is SurrogateGap} == {"gsam"}
     assert {name for name, kind in kinds.items() if kind is PerturbedAlone} == {"sam", "asam", "sam-on", "awp"}
     assert {name for name, kind in kinds.items() if kind is Balanced} == {"fast-advprop"}
     assert all(kind in (MeanBySamples, PerturbedAlone, SurrogateGap, Balanced) for kind in kinds.values())
     alone = (PerturbedAlone, SurrogateGap)
-    assert all(METHODS[name].keeps_clean_gradient == (kind not in alone) for name, kind in kinds.items())
+    assert all(kind.keeps_clean_gradient == (kind not in alone) for name, kind in kinds.items())
     assert Method("own", combination=SurrogateGap).hyper_parameters() == {"alpha": 0.01}
 
 
