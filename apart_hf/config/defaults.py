@@ -107,6 +107,8 @@ def _usual(config: TrainConfig) -> dict[str, Any]:
     lacking = set(HYPER_PARAMETERS) - known.keys()
     if config.batch_size is not None:
         lacking.add("groups")  # it belongs to the usual batch size
+    if known.get("epsilon") != METHODS["apart"].hyper_parameters()["epsilon"]:
+        lacking.add("epsilon")  # a dataset's is that of BN statistics
     if config.lr_base is not None:
         lacking.add("lr")  # it is known when the processes are
     return known | {key: value for key, value in usual.items() if key not in lacking}

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.patching import TooFewValues, kept_buffers, untracked_statistics
 from apart_hf.errors import ApartError
-from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
+from apart_hf.strategies.auxiliary_batchnorm import in_use_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
@@ -168,7 +168,7 @@ class Algorithm(StrategyState):
                 seen = shown(self.perturbations, batch)
                 clean = backward if keeps else silent_for_others(backward, self._own_tensors)
                 if plan.attempts:  # else the second pass reaches what this one does
-                    observed.enter_context(combination.within_one_pass(stand_ins_of(self.perturbations), clean_weight))
+                    observed.enter_context(combination.within_one_pass(in_use_of(self.perturbations), clean_weight))
                 result = self.one_pass(seen, loss_fn, clean, clean_weight)
                 for perturbation in self.perturbations:
                     perturbation.ascend(self.generator)
@@ -204,7 +204,7 @@ class Algorithm(StrategyState):
                 with changed(self.perturbations, attempt), self._sorting(sorts):
                     part = self._part(batch, chosen, plan)
                     self._climb(part, loss_fn, backward, plan.size)
-                    held = stand_ins_of(self.perturbations).values()
+                    held = in_use_of(self.perturbations).values()
                     with applied(self.perturbations, plan.size), self.combination.within_one_pass(held, weight):
                         seen = shown(self.perturbations, part)
                         self.perturbed_loss, _ = self.one_pass(seen, loss_fn, backward, weight)

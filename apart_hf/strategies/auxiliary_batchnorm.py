@@ -47,6 +47,7 @@ class AuxiliaryBatchNorm(Perturbation):
 
     defaults: ClassVar = {"aux_affine": False}
     counts_samples = False
+    shareable = True
     fixed = frozenset({"aux_affine"})
 
     def __init__(self, model: nn.Module, *, aux_affine: bool):
@@ -89,6 +90,11 @@ class AuxiliaryBatchNorm(Perturbation):
             name, _, kind = key.rpartition(".")
             found[getattr(layers[name], kind)] = own
         return found
+
+    def in_use(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Return those of `stand_ins` that passes now take; layers in eval mode are the model's own in all of them."""
+        taken = {self._affine[key] for key in self._affine if self.layers[key.rpartition(".")[0]].training}
+        return {theirs: own for theirs, own in self.stand_ins().items() if own in taken}
 
     def climbing(self, samples: int) -> Any:
         return self._in_place(tracks=False)
@@ -163,6 +169,11 @@ def auxiliary_of(perturbations: Sequence[Perturbation]) -> list[AuxiliaryBatchNo
 def stand_ins_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn.Parameter]:
     """Return the parameters that perturbations hold, by those of the model in whose place they are."""
     return {theirs: own for p in auxiliary_of(perturbations) for theirs, own in p.stand_ins().items()}
+
+
+def in_use_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn.Parameter]:
+    """Return those of `stand_ins_of` that the passes now take."""
+    return {theirs: own for p in auxiliary_of(perturbations) for theirs, own in p.in_use().items()}
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class FeatureStatistics(Perturbation):
     Args:
         model: the network, possibly wrapped.
         layer: name of a module whose output is a tensor; "auto": the first stage, as `model.feature_info` tells it. Its
-            channels are dimension 1, or, in an output of three dimensions that no convolution or BatchNorm gives, the
-            last (tokens).
+            channels are dimension 1; or the last where no convolution or BatchNorm gives the output and it has three
+            dimensions (tokens), or four in a network whose `output_fmt` is NHWC (Swin).
         epsilon: radius, a share of the features' own mean and deviation, >= 0.
         step_size: of each step, in the same units, >= 0.
         steps: of the ascent, >= 1.
@@ -69,6 +69,8 @@ class FeatureStatistics(Perturbation):
             raise ApartError(f"steps={steps!r}: the number of steps of the ascent must be an integer >= 1.")
         self.steps = steps
         self.name, self.module = find_layer(model, layer)
+        self.module = _last_of(self.module, unwrapped(model))
+        self._channels_last = str(getattr(unwrapped(model), "output_fmt", "")).endswith("NHWC")
         self._leaves: list[Tensor] = []  # delta_mu and delta_sigma, (C,) each
         self._climbs = False
 
@@ -105,7 +107,7 @@ class FeatureStatistics(Perturbation):
             raise ApartError(
                 f"layer={self.layer!r}: the output of {self.name!r} is no tensor of features; name a layer whose is."
             )
-        channels = 2 if output.dim() == 3 and not isinstance(self.module, (_ConvNd, _BatchNorm)) else 1
+        channels = self._channels(output)
         if not self._leaves:
             dtype, width = torch.promote_types(output.dtype, torch.float32), output.shape[channels]
             leaves = (output.new_zeros(width, dtype=dtype) for _ in ("mu", "sigma"))
@@ -116,6 +118,11 @@ class FeatureStatistics(Perturbation):
         moved = output + delta_sigma * (output - mu) + delta_mu * mu
         floor = torch.where(output.amin() >= 0, 0.0, -torch.inf).to(output.dtype)
         return torch.where(moved < floor, floor, moved)
+
+    def _channels(self, output: Tensor) -> int:
+        """Tell which dimension of the features is that of the channels."""
+        innermost = output.dim() == 3 or (output.dim() == 4 and self._channels_last)
+        return output.dim() - 1 if innermost and not isinstance(self.module, (_ConvNd, _BatchNorm)) else 1
 
     @torch.no_grad()
     def ascend(self, generator: torch.Generator | None = None) -> None:
@@ -151,7 +158,7 @@ def find_layer(model: nn.Module, layer: Any) -> tuple[str, nn.Module]:
         raise ApartError(f"layer={layer!r}: the layer is named, for instance layer='layer1'.")
     if layer == FIRST_STAGE:
         layer = _first_stage(network)
-        if layer is None:
+        if layer not in names:
             raise ApartError(
                 f"layer='{FIRST_STAGE}': {type(network).__name__} has no feature_info that tells its first stage; name "
                 f"one of its {len(names)} layers."
@@ -159,6 +166,14 @@ def find_layer(model: nn.Module, layer: Any) -> tuple[str, nn.Module]:
     if layer not in names:
         raise unknown_name("layer", layer, names)
     return layer, names[layer]
+
+
+def _last_of(module: nn.Module, network: nn.Module) -> nn.Module:
+    """Return what gives the output of a sequence: its last layer, which timm's checkpointing calls by itself."""
+    held = [child for parent in network.modules() for child in parent._modules.values()]
+    while type(module) is nn.Sequential and len(module) and sum(child is module[-1] for child in held) == 1:
+        module = module[-1]
+    return module
 
 
 def _first_stage(network: nn.Module) -> str | None:

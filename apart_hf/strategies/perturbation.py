@@ -72,6 +72,8 @@ class Perturbation(PassSamples):
     applied_last: ClassVar[bool] = False
     #: The hyper-parameters that are decided as the strategy is made: `strategy.set` does not change them.
     fixed: ClassVar[frozenset[str]] = frozenset()
+    #: True where methods of a list that have the class each have one of it in common.
+    shareable: ClassVar[bool] = False
     #: True where the class takes what images are normalised by, as `mean` and `std`.
     takes_pixel_scale: ClassVar[bool] = False
 

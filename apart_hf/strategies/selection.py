@@ -40,7 +40,7 @@ class Given:
 
     def __call__(self, model: nn.Module, **options: Any) -> Perturbation:
         """Return the object, or, for other hyper-parameters, one of its class, which checks them."""
-        if all(options[key] == value for key, value in self.defaults.items()):
+        if all(options[key] == getattr(self.perturbation, key) for key in self.defaults):  # as `set` left them
             return self.perturbation
         return type(self.perturbation)(model, **options)
 
@@ -76,7 +76,7 @@ def listed_method(
             method = table[one]
             if method.combined_by not in (MeanBySamples, PerturbedAlone):
                 raise ApartError(f"method {one!r} decides how gradients are combined; use it alone, by its name.")
-            made += method.perturbations
+            made += (p for p in method.perturbations if not (p.shareable and p in made))
             new = {key: method.hyper_parameters()[key] for p in method.perturbations for key in p.defaults}
         else:
             given = Given(_checked(one, model))

@@ -245,3 +245,8 @@ def test_files_and_recipes_that_are_not_there():
 def test_print_config_touches_no_data(capsys):
     main(["--data-dir", "/nowhere", "--print-config"])
     assert yaml.safe_load(capsys.readouterr().out)["data_dir"] == "/nowhere"
+
+
+@pytest.mark.parametrize("method, epsilon", [("apart", 0.05), ("random-bn", 0.05), ("advbn", 1.1), ("sam", None)])
+def test_a_datasets_epsilon_is_that_of_batchnorm_statistics(method, epsilon):
+    assert fill_defaults(TrainConfig(dataset="demo", method=method)).epsilon == epsilon

@@ -51,6 +51,45 @@ def test_agrees_with_the_oracle(name, layer, auto, channels, way):
     assert torch.cat(deltas).abs().max() == 0.5 or len(deltas[0]) < 4  # the projection had a part
 
 
+@pytest.mark.parametrize("name, layer", [("test_resnet", "layer1"), ("test_byobnet", "stages.0")])
+def test_checkpointed_activations_are_perturbed(name, layer):
+    model, data = build(name), batch(8)
+    want, _, _ = reference_advbn_step(model, *data, cross_entropy, layer, steps=2)
+    model.set_grad_checkpointing()
+    create_strategy("advbn", model, steps=2).accumulate_gradients(*data, cross_entropy)
+    assert_same(gradients(model), want)
+
+
+class Innermost(nn.Module):
+    """Features with the channels innermost, as in Swin."""
+
+    output_fmt = "NHWC"
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 6, 2, 2), nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)).square())
+
+
+@pytest.mark.parametrize("layer, channels", [("norm", 3), ("conv", 1)])
+def test_channels_may_be_innermost(layer, channels):
+    torch.manual_seed(0)
+    model, data = Innermost().double(), batch(8, 8)
+    want, _, deltas = reference_advbn_step(model, *data, cross_entropy, layer, steps=2, channels=channels)
+    strategy = create_strategy("advbn", model, layer=layer, steps=2)
+    strategy.accumulate_gradients(*data, cross_entropy)
+    assert [len(delta) for delta in deltas] == [6, 6]
+    assert_same(gradients(model), want)
+
+
+def test_feature_info_may_name_what_is_not_there(model):
+    model.feature_info = [{"module": "block.0", "reduction": 4, "num_chs": 8}]
+    with pytest.raises(ApartError, match=r"layer='auto': .* has no feature_info that tells its first stage"):
+        create_strategy("advbn", model)
+
+
 def test_frozen_weights_before_the_layer():
     """Fine-tuning as the authors do: what lies before the layer is neither trained nor in train mode."""
     model, data = build("test_resnet"), batch(8)

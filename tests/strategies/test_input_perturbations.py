@@ -145,6 +145,32 @@ def test_frozen_gamma_and_layers(aux_affine):
         assert torch.equal(value, before[name]) == (layer in asleep or kind in ("weight", "bias"))
 
 
+def test_balanced_updates_where_layers_are_frozen():
+    """Both passes reach the gamma and beta of a layer in eval mode, so that they are balanced as all others."""
+    model, data = made("test_resnet"), batch(pixels=16)
+    asleep = set()
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)][::2]:
+        layer.eval()
+        asleep |= {f"{name}.weight", f"{name}.bias"}
+    hyper = {**PIXELS["fast-advprop"], **SCALE}
+    wanted = [
+        reference_images_step(
+            model,
+            *data,
+            cross_entropy,
+            "fast-advprop",
+            **hyper | {"aux_affine": aux_affine},
+            generator=torch.Generator().manual_seed(1),
+        )[0]
+        for aux_affine in (False, True)
+    ]
+    strategy = create_strategy(
+        "fast-advprop", model, **hyper | {"aux_affine": True}, generator=torch.Generator().manual_seed(1)
+    )
+    strategy.accumulate_gradients(*data, cross_entropy)
+    assert_same(gradients(model), {n: wanted[n not in asleep][n] for n in wanted[0]})
+
+
 @pytest.mark.parametrize("method", ["advprop", "fast-advprop"])
 def test_models_without_batchnorm(method):
     torch.manual_seed(0)

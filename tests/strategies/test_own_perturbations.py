@@ -87,6 +87,22 @@ def test_objects_are_used_and_set_and_kept(model, data):
         create_strategy([Watch(model)], model).load_state_dict(strategy.state_dict())
 
 
+def test_what_was_set_is_set_back(model):
+    own = Watch(model, radius=0.5)
+    strategy = create_strategy([own], model)
+    for radius in (0.75, 0.5, 0.25, 0.75):
+        strategy.set(radius=radius)
+        assert own.radius == strategy.hyper["radius"] == radius
+
+
+def test_methods_of_a_list_share_auxiliary_bn(model, data):
+    strategy = create_strategy(["advprop", "advbn"], model, steps=2, aux_affine=True)
+    names = [type(one).__name__ for one in strategy.perturbations]
+    assert names == ["Inputs", "AuxiliaryBatchNorm", "FeatureStatistics"]
+    strategy.accumulate_gradients(*data, cross_entropy)
+    assert all(p.grad is not None for p in strategy.parameters())
+
+
 class Forgetful(Watch):
     def __init__(self, model):
         self.model = model
