@@ -149,7 +149,7 @@ class MethodGroup:
     )
     ratio: float | None = _method_setting(
         None,
-        "share of the batch in the second pass, in (0, 1] [apart: 1]",
+        "share of the batch in the second pass, in (0, 1] [1; fast-advprop: 0.25]",
         role="what",
         above=0,
         most=1,
@@ -160,7 +160,7 @@ class MethodGroup:
         "radius of SAM's step in the weights [sam: 0.05; gsam: 0.04; apart-sam: 0.2; asam, apart-asam, sam-on: 0.5]",
         role="what",
     )
-    eta: float | None = _method_setting(None, "asam: added to the weights' sizes [0.01]", role="what")
+    eta: float | None = _method_setting(None, "asam, apart-asam: added to the weights' sizes [0.01]", role="what")
     layer: str | None = _method_setting(
         None,
         "advbn: the layer whose features are perturbed, such as layer1 [auto: the end of the first stage]",
@@ -178,7 +178,7 @@ class MethodGroup:
     )
     pixel_epsilon: float | None = _method_setting(
         None,
-        "largest change of a pixel, in units of 1/255 [advprop: 4; fast-advprop: 1]",
+        "largest change of a pixel, in units of 1/255 [4; fast-advprop: 1]",
         role="what",
         least=0,
         most=255,
@@ -194,7 +194,7 @@ class MethodGroup:
     )
     steps: int | None = _method_setting(
         None,
-        "advprop, advbn: steps of the ascent; each but the first takes a pass [advprop: 5; advbn: 6; apart-advprop: 1]",
+        "steps of the ascent; each but the first takes a pass [advprop: 5; advbn: 6; apart-advprop: 1]",
         role="what",
         least=1,
     )
@@ -212,15 +212,20 @@ class MethodGroup:
         False, "each process attacks by its own batch, rather than all by the joint one", role="what"
     )
     global_norm: bool = _method_setting(
-        False, "sam: all processes climb the mean gradient (one more all-reduce)", role="what", recorded=15
+        False,
+        "sam and relatives climb the mean gradient of all processes (one more all-reduce)",
+        role="what",
+        recorded=15,
     )
     random_start: bool = _method_setting(
-        False, "advprop: the ascent begins at random within the radius, and each of its steps takes a pass", role="what"
+        False,
+        "advprop, apart-advprop: the ascent begins at random within the radius, and each of its steps takes a pass",
+        role="what",
     )
     aux_affine: bool = _method_setting(
         False,
-        "advprop, fast-advprop: perturbed images have a gamma and beta of their own in BatchNorm, which are trained, "
-        "and not exported",
+        "advprop, fast-advprop, advbn: perturbed batches have a gamma and beta of their own in BatchNorm, which are "
+        "trained, and not exported",
         role="what",
         on_resume="fixed",
     )

@@ -102,7 +102,7 @@ class OptimisationGroup:
     )
     rho_min: float | None = _setting(
         None,
-        "rho follows the learning rate: --rho at its highest, this at --min-lr (gsam: half of rho) [rho stays]",
+        "rho follows the learning rate: --rho at its highest, this at --min-lr; GSAM's paper: half of rho [rho stays]",
         role="what",
         least=0,
         recorded=66,

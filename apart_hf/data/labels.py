@@ -91,7 +91,7 @@ def _of_model(names: list[str], found: list[str] | None, splits: Sequence[Split]
     if strange or missing:
         raise ApartError(
             f"the model: {len(strange + missing)} class names are not in both it and the data, the first is "
-            f"{(strange + missing)[0]!r}; it needs images of its own classes."
+            f"{(strange + missing)[0]!r}; it needs images of its own classes (--dataset, --data-dir)."
         )
     return names
 

@@ -15,6 +15,7 @@ from apart_hf.strategies.feature_perturbations import FeatureStatistics
 from apart_hf.strategies.hyper_parameters import MethodName
 from apart_hf.strategies.input_perturbations import Inputs, OneStepInputs
 from apart_hf.strategies.method import Method as Method
+from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.scalars import checked_option
 from apart_hf.strategies.selection import listed_method
 from apart_hf.strategies.weight_perturbations import AdaptiveWeights, NormalisationWeights, RelativeWeights, Weights
@@ -78,6 +79,12 @@ def chosen_method(
     Raises:
         ApartError: as `check_hyper_parameters` and `listed_method` do.
     """
+    kind = name if isinstance(name, type) else type(name)
+    if issubclass(kind, Perturbation):
+        raise ApartError(
+            f"{kind.__name__} is a perturbation, and no name of a method; pass a list of objects: "
+            f"[{kind.__name__}(model)]."
+        )
     if not isinstance(name, Sequence) or isinstance(name, str):
         check_hyper_parameters(name, hyper)
         if keeps_clean_gradient is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import pytest
@@ -10,11 +11,34 @@ from apart_hf import ApartError
 from apart_hf.config.arguments import parse_arguments
 from apart_hf.config.setting import OnResume, Range, Role, setting, settings_of
 from apart_hf.config.train_config import HYPER_PARAMETERS, SETTINGS, TrainConfig
+from apart_hf.strategies.methods import METHODS
 from tests.support.helpers import ROOT
 
 HINTS = typing.get_type_hints(TrainConfig)
 GROUPS = ("settings", "model", "method", "data", "augmentation", "optimisation", "schedule", "publishing", "run")
 every_setting = pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+
+
+def said_of_methods(text):
+    """(methods before the colon, {method: default in brackets}, default of all others) of a help text."""
+    names, found = re.match(r"((?:[a-z-]+(?:, )?)+): ", text), re.search(r"\[(.*)\]$", text)
+    own, others = {}, None
+    for part in found[1].split("; ") if found else []:
+        methods, _, value = part.rpartition(": ")
+        own |= dict.fromkeys(methods.split(", ") if methods else [], value)
+        others = others if methods else value
+    return set(names[1].split(", ")) if names else None, own, others
+
+
+@pytest.mark.parametrize("name", [name for name in HYPER_PARAMETERS if name != "layer"])
+def test_help_texts_of_hyper_parameters_are_those_of_the_methods(name):
+    defaults = {key: m.hyper_parameters()[name] for key, m in METHODS.items() if name in m.hyper_parameters()}
+    named, own, others = said_of_methods(SETTINGS[name].help)
+    assert named in (None, set(defaults))
+    for method, default in defaults.items():
+        if default is not False:
+            assert float(own.get(method, others)) == default, method
+    assert METHODS.keys() & set(own) <= set(defaults)
 
 
 @every_setting

@@ -15,7 +15,7 @@ from tests.support.helpers import ROOT, assert_same, forget_accelerator
 LOOPS, TIMM = ((ROOT / "docs" / name).read_text() for name in ("LOOPS.md", "TIMM.md"))
 
 
-A_STRATEGY, A_LOSS, BY_HAND, IGNITE = re.findall(r"```python\n(.*?)```", LOOPS, re.S)
+A_STRATEGY, A_LOSS, BY_HAND, IGNITE, AUXILIARY = re.findall(r"```python\n(.*?)```", LOOPS, re.S)
 QUIET = {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
 
 
@@ -24,6 +24,16 @@ def test_the_loop_runs(code):
     scope = {}
     exec(code, scope)
     assert scope["loss"].isfinite()
+
+
+def test_the_parameters_of_the_strategy_are_trained():
+    scope = {}
+    exec(AUXILIARY, scope)
+    held = list(scope["strategy"].parameters())
+    before = [p.detach().clone() for p in held]
+    scope["strategy"].accumulate_gradients(torch.randn(8, 3, 32, 32), torch.arange(8), torch.nn.CrossEntropyLoss())
+    scope["optimizer"].step()
+    assert any(not torch.equal(p, old) for p, old in zip(held, before))
 
 
 def added(section):

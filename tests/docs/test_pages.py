@@ -59,7 +59,7 @@ def test_commands_within_sentences_parse(page, monkeypatch, tmp_path, capsys):
 
 def test_commands_are_found():
     found = {name_of(page): [name for name, _ in commands(page.read_text())] for page in PAGES}
-    assert found["start/first-run.md"] == ["train"] * 4 + ["list"]
+    assert found["start/first-run.md"] == ["train"] * 5 + ["list"]
     assert found["guides/machines.md"] == ["train"] * 6 and found["guides/publish.md"] == ["push"]
     assert found["paper/tables.md"] == ["reproduce"] * 4 and found["paper/figures.md"] == ["analyse"] * 2
     assert len([name for names in found.values() for name in names]) >= 30
@@ -96,6 +96,21 @@ def test_flags_exist(page, flags):
     others = OF_OTHERS.get(page.name, set())
     if others is not None:
         assert named_flags(page.read_text()) - flags - others == set()
+
+
+def tags(text):
+    """What a page shows as nothing, since it reads as a tag of HTML: `<g, u>` outside of code."""
+    code = r"^```.*?^```|`[^`]*`|<!--.*?-->|<https?://[^>\s]*>"
+    return re.findall(r"</?[A-Za-z][^<>]*>", re.sub(code, "", text, flags=re.S | re.M))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))])
+def test_nothing_is_read_as_a_tag(page):
+    assert tags(page.read_text()) == []
+
+
+def test_a_tag_is_told():
+    assert tags("h - (g - <g, u> u), a <= b, `<img>`\n```text\n<b>\n```\n<!-- table -->") == ["<g, u>"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "STUDY.md"], ids=name_of)

@@ -106,7 +106,8 @@ def test_the_table_of_cases_names_methods(page):
     for _, methods, settings, _ in rows:
         names = re.findall(r"`([a-z-]+)`", methods)
         assert names and set(names) <= METHODS.keys()
-        hyper = {key for name in names for key in METHODS[name].hyper_parameters()} | {"every", "perturb-from-epoch"}
+        hyper = {key.replace("_", "-") for name in names for key in METHODS[name].hyper_parameters()}
+        hyper |= {"every", "perturb-from-epoch", "rho-min", "pretrained"}
         assert set(re.findall(r"--([a-z-]+)", settings)) <= hyper
 
 

@@ -116,6 +116,8 @@ class Orphan(Perturbation):
 WRONG = [
     (lambda m: [], {}, "the list has no perturbation; name some, or use the method 'standard'"),
     (lambda m: ["standard"], {}, "the list has no perturbation"),
+    (lambda m: Watch(m), {}, r"Watch is a perturbation, and no name of a method; .* of objects: \[Watch\(model\)\]"),
+    (lambda m: Watch, {}, r"Watch is a perturbation, and no name of a method; .* of objects: \[Watch\(model\)\]"),
     (lambda m: [Watch], {}, r"Watch is a class; pass an object: Watch\(model\)"),
     (lambda m: [m], {}, "the list holds an object of type ByobNet; it takes names of methods and objects"),
     (lambda m: [None], {}, "the list holds an object of type NoneType"),
