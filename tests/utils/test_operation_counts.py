@@ -95,6 +95,8 @@ def test_the_second_pass_is_counted():
         strategy = create_strategy(method, model, **SCALE, **(HYPER | PIXELS).get(method, {}) | where)
         # two convolutions in each, and a smaller second pass has them, too
         expected[method] = 2 * METHODS[method].passes(**strategy.hyper | {"ratio": 1.0})
+        if method == "advbn":  # the layers up to its own are computed once for all steps of the ascent
+            expected[method] -= strategy.hyper["steps"] - 1
         with OperationCounts(model) as counts[method]:
             strategy.accumulate_gradients(*batch(8, 8, dtype=torch.float32), cross_entropy)
     plain = counts["standard"].operations
