@@ -18,7 +18,7 @@ from apart_hf.batchnorm.shared import Shared
 from apart_hf.errors import ApartError
 from apart_hf.strategies.machine import draw_device, processes
 from apart_hf.strategies.perturbation import Perturbation
-from apart_hf.strategies.scalars import checked_option, checked_radius, python_number
+from apart_hf.strategies.scalars import checked_count, checked_option, checked_radius
 
 # Share of a layer's largest |g_delta| up to which a component counts as rounding noise around a structural zero: where
 # only further BN layers, or a softmax, read a BN's output. By scripts/noise_floor.py, see docs/NUMERICS.md: the largest
@@ -48,10 +48,7 @@ class GroupStatistics(Perturbation):
     applied_last = True
 
     def __init__(self, model: nn.Module, *, groups: int):
-        groups = python_number(groups)
-        if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-            raise ApartError(f"groups={groups!r}: the number of groups must be an integer >= 1.")
-        self.model, self.groups = model, groups
+        self.model, self.groups = model, checked_count("groups", groups, "groups")
         self.layers, self._shared = supported_layers(model), Shared()
         # nothing yet: the model may still move to another device
         self._deltas, self._layer_of = torch.empty(0), torch.empty(0, dtype=torch.int64)

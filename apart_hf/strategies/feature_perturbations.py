@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from apart_hf.errors import ApartError, unknown_name
 from apart_hf.strategies.bn_perturbations import DEAD_ZONE
 from apart_hf.strategies.perturbation import Perturbation
-from apart_hf.strategies.scalars import checked_radius, python_number
+from apart_hf.strategies.scalars import checked_count, checked_radius
 from apart_hf.strategies.wrapping import unwrapped
 
 FIRST_STAGE = "auto"
@@ -64,10 +64,7 @@ class FeatureStatistics(Perturbation):
         self.model, self.layer = model, layer
         self.epsilon = checked_radius("epsilon", epsilon, "AdvBN's authors use 1.1")
         self.step_size = checked_radius("step_size", step_size, "AdvBN's authors use 0.2", what="size of a step")
-        steps = python_number(steps)
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ApartError(f"steps={steps!r}: the number of steps of the ascent must be an integer >= 1.")
-        self.steps = steps
+        self.steps = checked_count("steps", steps, "steps of the ascent")
         self.name, self.module = find_layer(model, layer)
         self.module = _last_of(self.module, unwrapped(model))
         self._channels_last = str(getattr(unwrapped(model), "output_fmt", "")).endswith("NHWC")

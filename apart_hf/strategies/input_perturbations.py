@@ -13,7 +13,7 @@ from apart_hf.errors import ApartError
 from apart_hf.strategies.machine import draw_device
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.pixels import find_images, of_channels, pixel_scale, with_images
-from apart_hf.strategies.scalars import checked_option, python_number
+from apart_hf.strategies.scalars import checked_count, checked_option, python_number
 
 
 class Inputs(Perturbation):
@@ -69,10 +69,8 @@ class Inputs(Perturbation):
             "pixel_epsilon", pixel_epsilon, "the radius", "AdvProp's paper uses 1 to 4"
         )
         self.pixel_step = _checked_pixels("pixel_step", pixel_step, "the size of a step", "AdvProp's paper uses 1")
-        steps = python_number(steps)
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ApartError(f"steps={steps!r}: the number of steps of the ascent must be an integer >= 1.")
-        self.steps, self.random_start = steps, checked_option("random_start", random_start)
+        self.steps = checked_count("steps", steps, "steps of the ascent")
+        self.random_start = checked_option("random_start", random_start)
         self._mean, self._std = pixel_scale(model, mean, std)
         self._rows, self._climbs = 0, False
         self._units: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None

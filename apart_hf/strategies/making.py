@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def made_perturbations(
-    method: Method, model: nn.Module, hyper: Mapping[str, Any], pixel_scale: Mapping[str, Any]
+    kinds: Iterable[type[Perturbation]], model: nn.Module, hyper: Mapping[str, Any], pixel_scale: Mapping[str, Any]
 ) -> list[Perturbation]:
-    """Make each perturbation of a method, which checks its own hyper-parameters.
+    """Make perturbations of a method, each of which checks its own hyper-parameters.
 
     Args:
-        method: whose perturbations they are.
+        kinds: those of the method, or some of them.
         model: the network, possibly wrapped.
         hyper: every hyper-parameter of the method.
         pixel_scale: mean and std, for those that take what images are normalised by.
     """
     made = []
-    for kind in method.perturbations:
+    for kind in kinds:
         scale = pixel_scale if kind.takes_pixel_scale else {}
         made.append(kind(model, **{key: hyper[key] for key in kind.defaults}, **scale))
     return made

@@ -43,6 +43,14 @@ def checked_radius(name: str, value: Any, usual: str, *, what: str = "radius") -
     return value
 
 
+def checked_count(name: str, value: Any, what: str) -> int:
+    """Return `value`, or raise ApartError where it is no number of `what`, which is an integer >= 1."""
+    value = python_number(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ApartError(f"{name}={value!r}: the number of {what} must be an integer >= 1.")
+    return value
+
+
 def checked_option(name: str, value: Any) -> bool:
     """Return `value`, or raise ApartError where it is neither True nor False."""
     value = python_number(value)

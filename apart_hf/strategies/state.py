@@ -18,9 +18,7 @@ from apart_hf.strategies.saved_state import check_state, made_with, say_overridd
 from apart_hf.strategies.scalars import python_number, python_numbers
 
 if TYPE_CHECKING:
-    from apart_hf.strategies.combination import MeanBySamples
     from apart_hf.strategies.methods import Method
-    from apart_hf.strategies.perturbation import Perturbation
 
 
 class StrategyState:
@@ -54,7 +52,8 @@ class StrategyState:
         self.every, self.uneven, self.steps = every, uneven, 0
         self._check(hyper, every, uneven)
         self._pixel_scale = {"mean": mean, "std": std}
-        self.perturbations, self.combination = self._made(hyper)
+        self.perturbations = made_perturbations(method.perturbations, model, hyper, self._pixel_scale)
+        self.combination = made_combination(method, model, hyper)
         self._made_with = self._in_use()
 
     def __repr__(self) -> str:
@@ -141,9 +140,7 @@ class StrategyState:
         same = (bool, int, float, str)  # a tensor, say, is for the perturbation to judge
         changed = frozenset(k for k, v in hyper.items() if not isinstance(v, same) or v != self.hyper[k])
         if changed:
-            made, combination = self._made(hyper)
-            take_over(self.perturbations, made, changed)
-            self.combination = combination
+            self._change(hyper, changed)
         self.hyper, self.every, self.uneven = HyperParameters(hyper), every, uneven
 
     def state_dict(self) -> dict[str, Any]:
@@ -245,6 +242,13 @@ class StrategyState:
         if uneven not in ("error", "plain", "fit"):
             raise ApartError(f"uneven={uneven!r}: choose 'error', 'plain' or 'fit'.")
 
-    def _made(self, hyper: dict[str, Any]) -> tuple[list[Perturbation], MeanBySamples]:
-        perturbations = made_perturbations(self.method, self.model, hyper, self._pixel_scale)
-        return perturbations, made_combination(self.method, self.model, hyper)
+    def _change(self, hyper: dict[str, Any], changed: frozenset[str]) -> None:
+        """Change what has a hyper-parameter that changed, and nothing else: a schedule calls this in each step."""
+        pairs = zip(self.perturbations, self.method.perturbations)
+        affected = [(old, kind) for old, kind in pairs if changed.intersection(old.defaults)]
+        made = made_perturbations([kind for _, kind in affected], self.model, hyper, self._pixel_scale)
+        combination = self.combination
+        if changed.intersection(combination.defaults):
+            combination = made_combination(self.method, self.model, hyper)
+        take_over([old for old, _ in affected], made, changed)
+        self.combination = combination

@@ -12,7 +12,7 @@ from apart_hf import ApartError, create_strategy
 from apart_hf.batchnorm.functional import perturbed_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
 from tests.reference import reference_step
-from tests.support.helpers import assert_same, batch, build, gradients, snapshot
+from tests.support.helpers import Tokens, assert_same, batch, build, gradients, snapshot
 
 SMALL = {"standard": {}, "apart": {"groups": 2}, "sam": {}, "apart-sam": {"groups": 2}, "gsam": {}, "awp": {}}
 PERTURBED = [method for method in SMALL if method != "standard"]
@@ -215,16 +215,6 @@ def test_dead_zone_sets_structural_zeros_aside(name, options, layout):
 
 def test_rows_per_sample_stay_in_their_sample_s_group():
     """Tokens and windows: dim 0 is samples x rows. The same network with samples apart gives the oracle's answer."""
-
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.bn, self.fc = nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
-
-        def forward(self, x):
-            tokens = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
-            return self.fc(self.bn(tokens).square().view(len(x), -1, 6).mean(1))
-
     torch.manual_seed(0)
     model, (images, targets) = Tokens().double(), batch(8, 8)
     want, _, _ = reference_step(model, images, targets, cross_entropy, "apart", epsilon=0.2, groups=4)

@@ -13,22 +13,10 @@ from apart_hf import METHODS, ApartError, Method, create_loss, create_strategy
 from apart_hf.strategies.input_perturbations import Inputs
 from apart_hf.strategies.weight_perturbations import Weights
 from tests.reference import reference_images_step
-from tests.support.helpers import assert_same, batch, build, gradients, snapshot
+from tests.support.helpers import Tokens, assert_same, batch, build, gradients, snapshot
 from tests.support.oracle import PIXELS, SCALE, check_images
 
 ADVPROP = {"steps": 2, **SCALE}
-
-
-class Tokens(nn.Module):
-    """BN1d over the tokens of all samples, as in LeViT."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.bn, self.fc = nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
-
-    def forward(self, x):
-        tokens = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
-        return self.fc(self.bn(tokens).square().view(len(x), -1, 6).mean(1))
 
 
 def made(name, **more):

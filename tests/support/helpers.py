@@ -120,6 +120,18 @@ class SmallNet(nn.Module):
 OWN = {"bn1d": BatchNorm1dNet, "small": SmallNet}
 
 
+class Tokens(nn.Module):
+    """BN1d over the tokens of all samples, as in LeViT: dim 0 is samples x rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.bn, self.fc = nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        tokens = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
+        return self.fc(self.bn(tokens).square().view(len(x), -1, 6).mean(1))
+
+
 def build(name, *, num_classes=5, dtype=torch.float64, seed=0, **kwargs):
     torch.manual_seed(seed)
     model = OWN[name](num_classes) if name in OWN else timm.create_model(name, num_classes=num_classes, **kwargs)
