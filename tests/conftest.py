@@ -23,7 +23,9 @@ os.environ.pop("HF_TOKEN", None)
 
 import gc
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -206,7 +208,9 @@ def spoken():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
+    """Between two tries of a request nobody waits for seconds: neither our client nor huggingface_hub's."""
     monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda _: time.sleep(0.01)))
 
 
 @pytest.fixture
