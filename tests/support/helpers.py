@@ -10,12 +10,14 @@ from pathlib import Path
 import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import apart_hf  # noqa: F401  registers models
 from apart_hf.data import DataSettings, load_image_data
 from apart_hf.data.registry import DEMO_DIR
+from apart_hf.models import PreActResNet
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-steps", "2"]
@@ -117,7 +119,22 @@ class SmallNet(nn.Module):
         return self.fc(torch.tanh(self.bn2(self.conv2(x))).mean((2, 3)))
 
 
-OWN = {"bn1d": BatchNorm1dNet, "small": SmallNet}
+def slim_resnet18(num_classes=5):
+    """timm's resnet18 at a quarter of its width: float64 is slow, and width has no part in what is asked."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, channels=(16, 32, 64, 128))
+
+
+def slim_wide_resnet16(num_classes=5):
+    """Our wide_resnet16_2 at half of its width."""
+    return PreActResNet((16, 32, 64), blocks=2, stem_width=8, num_classes=num_classes)
+
+
+OWN = {
+    "bn1d": BatchNorm1dNet,
+    "small": SmallNet,
+    "slim_resnet18": slim_resnet18,
+    "slim_wide_resnet16": slim_wide_resnet16,
+}
 
 
 class Tokens(nn.Module):
