@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apart_hf.batchnorm import composed, framework, runs_of_samples
 from apart_hf.batchnorm.affine import Affine
-from apart_hf.batchnorm.layouts import ONE_GROUP, Layout, channels_innermost, fold_groups, has_runs, unfold_groups
+from apart_hf.batchnorm.layouts import channels_innermost, fold_groups, has_runs, unfold_groups
 from apart_hf.batchnorm.normalised import Gradients, Normalisation, Normalised, Statistics, is_real, is_single_dtype
 from apart_hf.batchnorm.row_statistics import has_long_rows, row_statistics
 
@@ -33,7 +33,8 @@ def backward(
     if has_runs(x, how.grouping):
         return _of_runs(x).backward(grad_out, x, weight, saved, how, needs_grad_x)
     if how.grouping.groups == 1 and channels_innermost(x) and is_single_dtype(x):
-        return _exact_backward(grad_out, x, weight, saved, needs_grad_x)
+        one_group = runs_of_samples.backward_of_one_group if is_real(x) else composed.backward
+        return one_group(grad_out, x, weight, saved, how, needs_grad_x)
     return framework.backward(grad_out, x, weight, saved, how, needs_grad_x)
 
 
@@ -53,23 +54,3 @@ def statistics_first(x: Tensor, affine: Affine, how: Normalisation) -> Normalise
     bias = torch.addcmul(affine.bias, affine.shift, statistics.mu_over_sigma())
     out, _, _ = torch.native_batch_norm(folded, affine.weight, bias, mu, var, False, 0.0, how.eps)
     return Normalised(unfold_groups(out, x, how.grouping), statistics)
-
-
-def _exact_backward(grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, needs_grad_x: bool) -> Gradients:
-    """Compute a backward of one group where channels lie innermost.
-
-    The framework's kernel adds up a channel naively there, which would lift the noise around structural zeros of
-    g_delta (see `strategies.bn_perturbations.DEAD_ZONE`) by a factor of 2 to 4.
-    """
-    layout, (mu, inv_sigma, *_) = Layout(x, ONE_GROUP), saved
-    v, g = layout.view(x), layout.view(grad_out)
-    grad_bias = g.sum(layout.dims).flatten()
-    grad_weight = (v - mu).mul_(g).sum(layout.dims).flatten() * inv_sigma
-    if not needs_grad_x:
-        return Gradients(None, grad_weight, grad_bias)
-    # weight/sigma * (g - grad_bias / count - (v - mu)/sigma * grad_weight / count), sorted by what it multiplies
-    scale, share = weight * inv_sigma, mu.numel() / v.numel()
-    of_v = -scale * inv_sigma * grad_weight * share
-    rest = -scale * grad_bias * share - of_v * mu
-    grad_x = torch.addcmul(rest, v, of_v).addcmul_(g, scale)
-    return Gradients(layout.back(grad_x, x, gradient=True), grad_weight, grad_bias)
