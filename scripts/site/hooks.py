@@ -22,6 +22,7 @@ LINK = re.compile(
     r"\((?P<target>(?!https?:|mailto:|#)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 FENCED = re.compile(r"(^```.*?^```[^\n]*$)", re.DOTALL | re.MULTILINE)
+FLAG = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 # what a browser would fetch from elsewhere to show a page
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"'](?:https?:)?//"
@@ -83,8 +84,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take the backslash from bars in the code of tables, which a forge needs and python-markdown keeps."""
-    return re.sub(r"<td[^>]*>.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
+    """Take the backslash from bars in the code of tables, which a forge needs, and keep flags of prose in one line."""
+    html = re.sub(r"<td[^>]*>.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
+    return re.sub(
+        r"(?<!<pre>)<code>[^<]*</code>", lambda code: FLAG.sub(r'<span class="flag">\g<0></span>', code[0]), html
+    )
 
 
 def on_post_build(config: Any) -> None:

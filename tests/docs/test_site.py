@@ -77,6 +77,13 @@ def test_the_site_is_whole(site):
     assert (site / "repository/results/study-cifar100-wide_resnet16_2-small.png").exists()
 
 
+def test_a_flag_within_a_sentence_is_kept_whole(hooks):
+    """A browser would break it behind its hyphens."""
+    shown = hooks["on_page_content"]("<p>a - b <code>-b 2 --val-split x-y</code></p><pre><code>--z</code></pre>")
+    flags = ('<span class="flag">-b</span> 2', '<span class="flag">--val-split</span> x-y')
+    assert shown == f"<p>a - b <code>{' '.join(flags)}</code></p><pre><code>--z</code></pre>"
+
+
 @pytest.mark.parametrize("fetched", ['<script src="https://x/y.js">', '<img alt="" src="//x/y.png">'])
 def test_what_is_fetched_from_elsewhere_is_refused(fetched, hooks, tmp_path):
     from mkdocs.exceptions import PluginError
