@@ -62,7 +62,7 @@ def options(document: Path) -> str:
 def _option(setting: Setting) -> dict[str, object]:
     resumed = {"free": "yes", "override": "override", "fixed": "no"}
     # what a default depends on stands in brackets, as in --help
-    text = re.sub(r"\[(.*?)\]", r"(default: \1)", setting.help).replace("*", r"\*").replace("<", "&lt;")
+    text = re.sub(r"(?<!in )\[(.*?)\]", r"(default: \1)", setting.help).replace("*", r"\*").replace("<", "&lt;")
     return {
         "flag": ", ".join(f"`{flag}`" for flag in (setting.flag, *setting.flags)),
         "takes": _taken(setting),
