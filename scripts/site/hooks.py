@@ -67,7 +67,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links of a page to where their targets are in the site."""
+    """Lead links of a page to where their targets are in the site, and let mkdocstrings see what a forge hides."""
+    markdown = re.sub(r"^<!-- (::: \S+) -->$", r"\1", markdown, flags=re.MULTILINE)
     uri = page.file.src_uri
     path = uri.removeprefix(f"{OUTSIDE}/") if uri.startswith(f"{OUTSIDE}/") else f"docs/{uri}"
 

@@ -1,5 +1,6 @@
 """The site has every page in its navigation, its links lead somewhere, and it fetches nothing from elsewhere."""
 
+import re
 import runpy
 
 import pytest
@@ -74,6 +75,9 @@ def test_the_site_is_whole(site):
         assert (site / page.replace("README.md", "index.md")).with_suffix(".html").exists(), page
     for card in (DOCS / "methods").glob("*.md"):
         assert (site / f"methods/{card.stem}.html").exists()
+    reference = (site / "reference/api.html").read_text()
+    assert 'id="apart_hf.create_strategy"' in reference and ":::" not in reference
+    assert ":::" not in re.sub("<!--.*?-->", "", (DOCS / "reference/api.md").read_text())  # as a forge shows it
     assert (site / "repository/results/study-cifar100-wide_resnet16_2-small.png").exists()
 
 
