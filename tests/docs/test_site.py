@@ -88,6 +88,15 @@ def test_a_flag_within_a_sentence_is_kept_whole(hooks):
     assert shown == f"<p>a - b <code>{' '.join(flags)}</code></p><pre><code>--z</code></pre>"
 
 
+def test_long_cells_and_names_fit_narrow_pages(hooks):
+    long = "words " * 11
+    shown = hooks["on_page_content"](
+        f"<td>{long}<code>a\\|b</code></td><td>{'w' * 60}</td><code>tests/a_b/{'c' * 20}.py</code>"
+    )
+    assert shown.startswith(f'<td class="long">{long}<code>a|b</code></td><td>w')
+    assert shown.endswith(f"<code>tests/<wbr>a_<wbr>b/<wbr>{'c' * 20}.<wbr>py</code>")
+
+
 @pytest.mark.parametrize("fetched", ['<script src="https://x/y.js">', '<img alt="" src="//x/y.png">'])
 def test_what_is_fetched_from_elsewhere_is_refused(fetched, hooks, tmp_path):
     from mkdocs.exceptions import PluginError
