@@ -62,7 +62,7 @@ def options(document: Path) -> str:
 def _option(setting: Setting) -> dict[str, object]:
     resumed = {"free": "yes", "override": "override", "fixed": "no"}
     # what a default depends on stands in brackets, as in --help
-    text = re.sub(r"\[(.*?)\]", r"(default: \1)", setting.help).replace("*", r"\*").replace("<", "&lt;")
+    text = re.sub(r"(?<!in )\[(.*?)\]", r"(default: \1)", setting.help).replace("*", r"\*").replace("<", "&lt;")
     return {
         "flag": ", ".join(f"`{flag}`" for flag in (setting.flag, *setting.flags)),
         "takes": _taken(setting),
@@ -149,8 +149,8 @@ def names(document: Path) -> str:
 
 
 def reference(document: Path) -> str:
-    """Write what mkdocstrings replaces by the docstring of each public name."""
-    return "\n" + "".join(f"::: {dotted}\n\n" for dotted in PUBLIC)
+    """Write where the site shows the docstring of each public name; a forge shows nothing there."""
+    return "\n" + "".join(f"<!-- ::: {dotted} -->\n\n" for dotted in PUBLIC)
 
 
 TABLES: Mapping[str, Callable[[Path], str]] = {

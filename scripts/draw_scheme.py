@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Draw a step of APART for the README, as docs/pictures/two-passes.svg; it reads on dark and light pages.
 
+Where a page shows it narrower than 600 pixels, as telephones do, fewer and larger words take the place of the others.
+
 python scripts/draw_scheme.py
 python scripts/draw_scheme.py --output FILE.svg
 """
@@ -35,11 +37,12 @@ DARK = {
 WIDTH, HEIGHT, MARGIN, GAP = 760, 470, 16, 28
 PANEL = (WIDTH - 2 * MARGIN - 2 * GAP) / 3, 196
 TOP, BELOW = MARGIN, HEIGHT - MARGIN - PANEL[1]
+NARROW, LARGE = 600, 26  # pixels of a page below which words of `brief` are shown, and their size
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
 def text(x: float, y: float, words: str, kind: str = "", size: float = 15, anchor: str = "start") -> str:
-    """Write words at a point; `kind` is a class of colour."""
+    """Write words at a point; `kind` is classes of colour, and `detail` or `brief` for one of the two layouts."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" font-size="{size}" text-anchor="{anchor}">{escape(words)}</text>'
     )
@@ -50,10 +53,20 @@ def column(place: int) -> float:
     return MARGIN + place * (PANEL[0] + GAP)
 
 
-def panel(left: float, top: float, width: float, title: str) -> str:
-    """Draw the frame of one stage."""
+def panel(left: float, top: float, width: float, title: str, brief: str) -> str:
+    """Draw the frame of one stage, with its title for either layout."""
     frame = f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{PANEL[1]}" rx="10" class="panel"/>'
-    return frame + text(left + 14, top + 26, title, "title", 16)
+    return frame + text(left + 14, top + 26, title, "title detail", 16) + short(left + 14, top + 36, brief, "title")
+
+
+def detail(x: float, y: float, words: str, kind: str = "", size: float = 14, anchor: str = "start") -> str:
+    """Write words that only a wide picture shows."""
+    return text(x, y, words, f"{kind} detail".strip(), size, anchor)
+
+
+def short(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
+    """Write large words that only a narrow picture shows."""
+    return text(x, y, words, f"{kind} brief".strip(), LARGE, anchor)
 
 
 def arrow(*points: tuple[float, float]) -> str:
@@ -91,38 +104,47 @@ def drawn() -> str:
     width, half = PANEL[0], TOP + PANEL[1] / 2
     middle, right = second + width / 2, third + width / 2
     wide = 2 * width + GAP
+    sigma = "\N{GREEK SMALL LETTER SIGMA}"
     parts = [
-        panel(first, TOP, width, "1  A batch of M images"),
+        panel(first, TOP, width, "1  A batch of M images", "1  Batch"),
         batch(first + 22, TOP + 52),
-        text(first + 14, TOP + 178, "in n groups, here two", "", 14),
+        detail(first + 14, TOP + 178, "in n groups, here two"),
+        short(first + 14, TOP + 180, "in n groups"),
         arrow((first + width + 3, half), (second - 6, half)),
-        panel(second, TOP, width, "2  Clean pass"),
+        panel(second, TOP, width, "2  Clean pass", "2  Clean"),
         axis(middle, TOP + 116),
         bell(middle, TOP + 116, 0, 1, "clean"),
-        text(middle, TOP + 134, "BN by the batch's μ and \N{GREEK SMALL LETTER SIGMA}", "", 14, "middle"),
-        text(second + 14, TOP + 158, "gives the gradient g", "clean", 14),
-        text(second + 14, TOP + 178, "and those for all μ and \N{GREEK SMALL LETTER SIGMA}", "", 14),
+        detail(middle, TOP + 134, f"BN by the batch's μ and {sigma}", anchor="middle"),
+        detail(second + 14, TOP + 158, "gives the gradient g", "clean"),
+        detail(second + 14, TOP + 178, f"and those for all μ and {sigma}"),
+        short(second + 14, TOP + 162, "gradient g", "clean"),
         arrow((second + width + 3, half), (third - 6, half)),
-        panel(third, TOP, width, "3  Attack"),
-        text(right, TOP + 70, "δμ = ε sign(∂L/∂δμ)", "shifted", 17, "middle"),
-        text(right, TOP + 102, "δσ = ε sign(∂L/∂δσ)", "shifted", 17, "middle"),
-        text(third + 14, TOP + 138, "on mean and deviation of", "", 14),
-        text(third + 14, TOP + 158, "every channel and BN layer;", "", 14),
-        text(third + 14, TOP + 178, "the weights stay", "", 14),
+        panel(third, TOP, width, "3  Attack", "3  Attack"),
+        detail(right, TOP + 70, "δμ = ε sign(∂L/∂δμ)", "shifted", 17, "middle"),
+        detail(right, TOP + 102, "δσ = ε sign(∂L/∂δσ)", "shifted", 17, "middle"),
+        detail(third + 14, TOP + 138, "on mean and deviation of"),
+        detail(third + 14, TOP + 158, "every channel and BN layer;"),
+        detail(third + 14, TOP + 178, "the weights stay"),
+        short(third + 14, TOP + 90, f"shifts μ and {sigma}", "shifted"),
+        short(third + 14, TOP + 126, "by ε, up the", "shifted"),
+        short(third + 14, TOP + 162, "loss", "shifted"),
         arrow((right, TOP + PANEL[1] + 3), (right, BELOW - 6)),
-        panel(third, BELOW, width, "4  Second pass"),
+        panel(third, BELOW, width, "4  Second pass", "4  Shifted"),
         axis(right, BELOW + 116),
         bell(right, BELOW + 116, 0, 1, "clean faint"),
         bell(right, BELOW + 116, -0.75, 1.25, "shifted"),
-        text(right, BELOW + 134, "BN shifted by δ, by group", "", 14, "middle"),
-        text(third + 14, BELOW + 158, "gives the gradient h", "shifted", 14),
-        text(third + 14, BELOW + 178, "and leaves no trace", "", 14),
+        detail(right, BELOW + 134, "BN shifted by δ, by group", anchor="middle"),
+        detail(third + 14, BELOW + 158, "gives the gradient h", "shifted"),
+        detail(third + 14, BELOW + 178, "and leaves no trace"),
+        short(third + 14, BELOW + 162, "gradient h", "shifted"),
         arrow((third - 3, BELOW + PANEL[1] / 2), (first + wide + 6, BELOW + PANEL[1] / 2)),
-        panel(first, BELOW, wide, "5  One step of the optimizer"),
-        text(first + wide / 2, BELOW + 82, "along  M/(M+N) g  +  N/(M+N) h", "", 22, "middle"),
-        text(first + 14, BELOW + 138, "N of the M images are seen twice; N = M costs two passes.", "", 14),
-        text(first + 14, BELOW + 158, "Then δ is gone. The model, its running statistics and its", "", 14),
-        text(first + 14, BELOW + 178, "checkpoint are those of an ordinary timm model.", "", 14),
+        panel(first, BELOW, wide, "5  One step of the optimizer", "5  One step"),
+        detail(first + wide / 2, BELOW + 82, "along  M/(M+N) g  +  N/(M+N) h", "", 22, "middle"),
+        detail(first + 14, BELOW + 138, "N of the M images are seen twice; N = M costs two passes."),
+        detail(first + 14, BELOW + 158, "Then δ is gone. The model, its running statistics and its"),
+        detail(first + 14, BELOW + 178, "checkpoint are those of an ordinary timm model."),
+        short(first + 14, BELOW + 90, "along M/(M+N) g + N/(M+N) h"),
+        short(first + 14, BELOW + 144, "It leaves an ordinary model."),
     ]
     body = "\n".join(parts)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="{FONT}">
@@ -135,6 +157,8 @@ gradient h. The optimizer makes one step along the weighted mean of g and h.</de
 @media (prefers-color-scheme: dark) {{
 {_colours(DARK)}
 }}
+.brief {{ display: none }}
+@media (max-width: {NARROW - 1}px) {{ .brief {{ display: inline }} .detail {{ display: none }} }}
 </style>
 <defs><marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" orient="auto">
 <path d="M0 0 L10 5 L0 10 z" class="head"/></marker></defs>

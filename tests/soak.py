@@ -112,7 +112,7 @@ def report(tally: Tally, minutes: float, seed: int) -> str:
         "random moments, goes on by `--resume auto`, and compares each run at its end, bit for bit, with one that "
         "nothing happened to.",
         "",
-        "| | |",
+        "| what | value |",
         "|---|---|",
         f"| asked for | {minutes:g} minutes, seed {seed}, commit {git_commit()} |",
         f"| runs finished and equal | {tally.finished.total()} |",

@@ -113,7 +113,7 @@ def _card_data(model: Exported, repo_id: str) -> ModelCardData:
 def _summary(model: Exported) -> str:
     training, (channels, *size) = model.training, model.config["pretrained_cfg"]["input_size"]
     shown = f"{'grey ' if channels == 1 else ''}images of {'x'.join(map(str, size))} pixels"
-    text = f"`{model.config['architecture']}` for {shown} in {model.config['num_classes']} classes"
+    text = f"This is `{model.config['architecture']}` for {shown} in {model.config['num_classes']} classes"
     if training.method is None:
         return text + "."
     images = f" on {model.data.images:,} images of {training.dataset}" if training.data else ""

@@ -225,7 +225,7 @@ def _no_log(*args: Any, **kwargs: Any) -> None:
 
 
 class ApartTrainer(ApartMixin, Trainer):
-    """transformers' Trainer, trained by a method: `ApartTrainer(model, ApartTrainingArguments(...), ...)`.
+    """Trains by a method as transformers' Trainer does: `ApartTrainer(model, ApartTrainingArguments(...), ...)`.
 
     See `ApartMixin`, which a Trainer of your own takes.
 

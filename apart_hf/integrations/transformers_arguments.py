@@ -22,7 +22,7 @@ def _argument(default: Any, text: str) -> Any:
 
 @dataclass
 class ApartTrainingArguments(TrainingArguments):
-    """Training arguments with a method and its hyper-parameters; `HfArgumentParser` makes flags of them.
+    """Holds training arguments with a method and its hyper-parameters; `HfArgumentParser` makes flags of them.
 
     A hyper-parameter that is None has the method's own default.
 

@@ -81,7 +81,7 @@ def _draw(axes: Axes, rows: Rows, name_of: Callable[[dict[str, Any]], str]) -> N
 def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: str) -> None:
     """Draw the gain in accuracy over cost, with confidence intervals, as PNG.
 
-    What costs the same stands side by side.
+    What costs the same stands side by side, at one tick.
 
     Args:
         gains: (name, cost in units of plain training, gain in per cent).
@@ -99,8 +99,10 @@ def plot_gains(gains: list[tuple[str, float, Difference]], path: Path, title: st
             cost + 0.035 * beside, gain.mean, gain.half_width, marker=marker, capsize=3, linestyle="none", label=name
         )
     axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_xticks(sorted(of_cost), [f"{cost:g}" for cost in sorted(of_cost)])
     axes.set(
-        xlabel="cost (passes over the data, plain training = 1; equal costs stand side by side)",
+        xlim=(min(of_cost) - 0.3, max(of_cost) + 0.3),
+        xlabel="cost (plain training = 1; rows of one cost stand side by side)",
         title=title,
         ylabel="gain in top-1 accuracy over plain training (percentage points)",
     )

@@ -63,7 +63,7 @@ def _milliseconds(contender: Contender, steps: int) -> dict[str, float]:
 
 
 def table(counted: Mapping[str, Any]) -> str:
-    """Render what `count_bytes` returned as a line on the steps and a Markdown table, in which times may be empty."""
+    """Render what `count_bytes` returned as a line on the steps and a Markdown table, with times if there are any."""
     case, methods, timed = counted["case"], counted["methods"], bool(counted.get("ms"))
     operations = {
         name: [[*of, ms] for of, ms in zip(each, counted["ms"][name] if timed else (0.0, 0.0))]
@@ -74,12 +74,14 @@ def table(counted: Mapping[str, Any]) -> str:
     rows = dict(sorted(shown.items(), key=lambda row: -_moved(row[1][1])))
     rows["others"] = _sum(each for name, each in operations.items() if name not in shown)
     rows["all"] = _sum(operations.values())
-    header = ["operation", *(f"{m}: {what}" for m in methods for what in ("times", "read, MiB", "written, MiB", "ms"))]
+    columns = ["times", "read, MiB", "written, MiB", *(["ms"] if timed else [])]
+    header = ["operation", *(f"{m}: {what}" for m in methods for what in columns)]
     lines = [header, ["---"] * len(header)]
     for name, each in rows.items():
         lines.append([name])
         for times, read, written, ms in each:
-            lines[-1] += [f"{times:,}", f"{read / MIB:,.1f}", f"{written / MIB:,.1f}", f"{ms:.2f}" if timed else ""]
+            lines[-1] += [f"{times:,}", f"{read / MIB:,.1f}", f"{written / MIB:,.1f}"]
+            lines[-1] += [f"{ms:.2f}"] if timed else []
     first, second = rows["all"]
     size = f"{case['img_size']}x{case['img_size']}" if case["img_size"] else "images of the model's size"
     how = [

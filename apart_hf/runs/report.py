@@ -91,7 +91,7 @@ def plot_training(history: History, path: Path, title: str) -> None:
         title: of the figure.
     """
     measured = [metrics.as_line() for metrics in history.epochs]
-    figure = Figure(figsize=(12.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     figure.suptitle(plain(title))
     panels = [
         ("loss", [("training", "train_loss", "--o"), ("evaluation", "eval_loss", "-s")]),

@@ -33,7 +33,7 @@ Backward = Callable[[Tensor], Any]
 
 
 class Algorithm(StrategyState):
-    """Algorithm 1 for any list of perturbations, on one batch and with any backward.
+    """Runs Algorithm 1 for any list of perturbations, on one batch and with any backward.
 
     Args:
         name, method, model, hyper, generator, autocast, every, uneven, mean, std: see `TwoPassStrategy`.

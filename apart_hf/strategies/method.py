@@ -11,7 +11,7 @@ from apart_hf.strategies.perturbation import Perturbation
 
 @dataclass(frozen=True)
 class Method:
-    """A named point of the min-max scheme of Eq. 2, in the table `METHODS`.
+    """Names a point of the min-max scheme of Eq. 2, in the table `METHODS`.
 
     Args:
         summary: one line for `--help` and the docs.

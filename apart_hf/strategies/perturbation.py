@@ -12,7 +12,7 @@ from apart_hf.strategies.pass_samples import PassSamples
 
 
 class Perturbation(PassSamples):
-    """What is moved before the second pass; subclass it for a method of your own.
+    """Moves something before the second pass; subclass it for a method of your own.
 
     It lives through one call of a strategy like this:
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TwoPassStrategy(Algorithm):
-    """Algorithm 1 for any list of perturbations: what a training loop calls in the place of `loss.backward()`.
+    """Runs Algorithm 1 for any list of perturbations; a training loop calls it in the place of `loss.backward()`.
 
     It is made by `create_strategy`. Between two calls the model is what it was before: the same modules, parameters,
     buffers and keys.

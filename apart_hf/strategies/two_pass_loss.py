@@ -58,7 +58,7 @@ def check_elsewhere(hyper: Iterable[str], elsewhere: Mapping[str, str] = _ELSEWH
 
 
 class TwoPassLoss(Generic[Batch, Result]):
-    """A loss that makes both passes, for loops that own the backward. It is made by `create_loss`.
+    """Makes both passes as a loss, for loops that own the backward. `create_loss` makes it.
 
     Args:
         name, keeps_clean_gradient, generator, every, uneven, hyper, mean, std: see `create_loss`.

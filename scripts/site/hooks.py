@@ -22,6 +22,8 @@ LINK = re.compile(
     r"\((?P<target>(?!https?:|mailto:|#)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 FENCED = re.compile(r"(^```.*?^```[^\n]*$)", re.DOTALL | re.MULTILINE)
+FLAG = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+LONG_NAME, LONG_CELL = re.compile(r"[\w./]{25,}"), 60  # letters
 # what a browser would fetch from elsewhere to show a page
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"'](?:https?:)?//"
@@ -66,7 +68,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links of a page to where their targets are in the site."""
+    """Lead links of a page to where their targets are in the site, and let mkdocstrings see what a forge hides."""
+    markdown = re.sub(r"^<!-- (::: \S+) -->$", r"\1", markdown, flags=re.MULTILINE)
     uri = page.file.src_uri
     path = uri.removeprefix(f"{OUTSIDE}/") if uri.startswith(f"{OUTSIDE}/") else f"docs/{uri}"
 
@@ -83,8 +86,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take the backslash from bars in the code of tables, which a forge needs and python-markdown keeps."""
-    return re.sub(r"<td[^>]*>.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
+    """Prepare tables and code of sentences for narrow pages: long cells get room, and code breaks at fit places."""
+    html = re.sub(r"<td([^>]*)>(.*?)</td>", _cell, html, flags=re.DOTALL)
+    return re.sub(r"(?<!<pre>)<code>([^<]*)</code>", lambda code: f"<code>{_broken(code[1])}</code>", html)
+
+
+def _cell(cell: re.Match[str]) -> str:
+    """Mark a cell of many letters, and take the backslash from bars, which a forge needs and the site would show."""
+    attributes, content = cell.groups()
+    if len(re.sub(r"<[^>]*>", "", content)) > LONG_CELL:
+        attributes += ' class="long"'
+    return f"<td{attributes}>" + content.replace("\\|", "|") + "</td>"
+
+
+def _broken(code: str) -> str:
+    """Keep flags whole, and let a browser break long names behind their underscores, dots and slashes."""
+    code = FLAG.sub(r'<span class="flag">\g<0></span>', code)
+    return LONG_NAME.sub(lambda name: re.sub(r"(?<=[_./])(?=\w)", "<wbr>", name[0]), code)
 
 
 def on_post_build(config: Any) -> None:

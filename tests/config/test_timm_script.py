@@ -99,7 +99,7 @@ def test_help_is_given_beside_a_refused_flag(capsys):
 
 
 def rows(title):
-    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", DOCUMENT, re.M | re.S)
+    (text,) = re.findall(rf"^### {title}\n(.*?)(?=^##|\Z)", DOCUMENT, re.M | re.S)
     return [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ][1:]

@@ -27,6 +27,8 @@ def test_the_form_of_a_card(card):
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
 def test_the_hyper_parameters_of_a_card(card):
     (listed,) = re.findall(r"^## Suggested Hyperparameters\n(.*?)^## ", card.read_text(), re.M | re.S)
+    for line in re.findall(r"^- .*", listed, re.M):
+        assert re.match(r"- `\w+` \([^)]*\)( and `\w+` \([^)]*\))? [a-z]+ ", line), "a sentence, not a label"
     documented = dict(re.findall(r"`(\w+)` \(([\d.]+|off|auto)\)", listed))
     for key, default in METHODS[card.stem].hyper_parameters().items():
         shown = default if isinstance(default, str) else "off" if default is False else f"{default:g}"

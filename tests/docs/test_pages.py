@@ -146,6 +146,20 @@ def test_every_setting_is_an_option_with_its_default():
     assert shown["--every"] == "`1`" and shown["--drop"] == "`0.0`" and shown["--amp"] == "off"
 
 
+def test_a_range_in_a_help_text_is_no_default():
+    page = (DOCS / "guides/options.md").read_text()
+    assert "of each channel, in [0, 1], or one for all (default: the dataset's" in page
+
+
+def test_what_is_public_is_said_by_a_verb(tables):
+    """Classes do something, and functions are told to."""
+    said = re.findall(r"^\| `([\w.]+)` \| (\w+) ", tables["names"](DOCS / "reference/api.md"), re.M)
+    assert [name for name, _ in said] == list(tables["PUBLIC"])
+    classes = {name: verb for name, verb in said if name.rpartition(".")[2][0].isupper()}
+    assert len(classes) > 8 and [name for name, verb in classes.items() if not verb.endswith("s")] == []
+    assert not {verb for _, verb in said} & {"This", "Its", "Arguments", "Always"}
+
+
 def test_a_card_is_linked_from_the_table(tables, tmp_path, monkeypatch):
     monkeypatch.setitem(tables["methods"].__globals__, "ROOT", tmp_path)
     (tmp_path / "docs/methods").mkdir(parents=True)

@@ -48,19 +48,23 @@ def test_words_stand_out(colours, script):
     assert contrast(of["line"], of["page"]) >= 2
 
 
-def test_words_fit_their_panels():
+@pytest.fixture(scope="module")
+def root():
+    return ET.parse(FILE).getroot()
+
+
+def test_words_fit_their_panels(root):
     """By the widest of the fonts that it names."""
-    root = ET.parse(FILE).getroot()
     frames = [
         tuple(float(rect.get(key)) for key in ("x", "y", "width", "height"))
         for rect in root.iter(f"{SVG}rect")
         if rect.get("class") == "panel"
     ]
     words = list(root.iter(f"{SVG}text"))
-    assert len(frames) == 5 and len(words) > 15
+    assert len(frames) == 5 and len(words) > 25
     for word in words:
         x, y, size = (float(word.get(key)) for key in ("x", "y", "font-size"))
-        weight = "bold" if word.get("class") == "title" else "normal"
+        weight = "bold" if "title" in word.get("class").split() else "normal"
         font = FontProperties(family="DejaVu Sans", weight=weight)
         shown = re.sub(" +", " ", word.text)
         width = TextToPath().get_text_width_height_descent(shown, font, ismath=False)[0] * size / font.get_size()
@@ -69,3 +73,21 @@ def test_words_fit_their_panels():
             fx + 8 <= left and left + width <= fx + fwidth - 8 and fy + size <= y <= fy + fheight - 8
             for fx, fy, fwidth, fheight in frames
         ), word.text
+
+
+@pytest.mark.parametrize(("layout", "titles"), [("detail", 5), ("brief", 5)])
+def test_words_are_large_enough_for_the_page(layout, titles, root, script):
+    """A telephone shows it 340 pixels wide, and the words of a wide picture are not shown below the limit."""
+    words = [set(word.get("class").split()) for word in root.iter(f"{SVG}text")]
+    assert all(len(kinds & {"detail", "brief"}) == 1 for kinds in words)
+    assert sum({"title", layout} <= kinds for kinds in words) == titles
+    pixels = {"detail": script["NARROW"], "brief": 340}[layout]
+    sizes = [float(word.get("font-size")) for word in root.iter(f"{SVG}text") if layout in word.get("class")]
+    assert min(sizes) * pixels / script["WIDTH"] >= 11
+
+
+def test_a_layout_is_chosen_by_the_width_of_the_picture(script):
+    """An image asks for its own width, not for that of the page."""
+    style, below = FILE.read_text(), script["NARROW"] - 1
+    assert ".brief { display: none }" in style
+    assert f"(max-width: {below}px) {{ .brief {{ display: inline }} .detail {{ display: none }} }}" in style

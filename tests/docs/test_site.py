@@ -1,5 +1,6 @@
 """The site has every page in its navigation, its links lead somewhere, and it fetches nothing from elsewhere."""
 
+import re
 import runpy
 
 import pytest
@@ -74,7 +75,26 @@ def test_the_site_is_whole(site):
         assert (site / page.replace("README.md", "index.md")).with_suffix(".html").exists(), page
     for card in (DOCS / "methods").glob("*.md"):
         assert (site / f"methods/{card.stem}.html").exists()
+    reference = (site / "reference/api.html").read_text()
+    assert 'id="apart_hf.create_strategy"' in reference and ":::" not in reference
+    assert ":::" not in re.sub("<!--.*?-->", "", (DOCS / "reference/api.md").read_text())  # as a forge shows it
     assert (site / "repository/results/study-cifar100-wide_resnet16_2-small.png").exists()
+
+
+def test_a_flag_within_a_sentence_is_kept_whole(hooks):
+    """A browser would break it behind its hyphens."""
+    shown = hooks["on_page_content"]("<p>a - b <code>-b 2 --val-split x-y</code></p><pre><code>--z</code></pre>")
+    flags = ('<span class="flag">-b</span> 2', '<span class="flag">--val-split</span> x-y')
+    assert shown == f"<p>a - b <code>{' '.join(flags)}</code></p><pre><code>--z</code></pre>"
+
+
+def test_long_cells_and_names_fit_narrow_pages(hooks):
+    long = "words " * 11
+    shown = hooks["on_page_content"](
+        f"<td>{long}<code>a\\|b</code></td><td>{'w' * 60}</td><code>tests/a_b/{'c' * 20}.py</code>"
+    )
+    assert shown.startswith(f'<td class="long">{long}<code>a|b</code></td><td>w')
+    assert shown.endswith(f"<code>tests/<wbr>a_<wbr>b/<wbr>{'c' * 20}.<wbr>py</code>")
 
 
 @pytest.mark.parametrize("fetched", ['<script src="https://x/y.js">', '<img alt="" src="//x/y.png">'])

@@ -13,7 +13,9 @@ from PIL import Image
 from apart_hf import load_pretrained
 from apart_hf.cli import analyse
 from apart_hf.data.dataset_map import TransformedImages
+from apart_hf.paper import figures
 from apart_hf.paper.figures import _draw
+from apart_hf.paper.results import Difference
 from apart_hf.utils.plotting import plain, styles
 from tests.support.helpers import load, with_batch_statistics
 
@@ -43,6 +45,21 @@ def test_curves_differ_without_their_colours():
     assert len(set(itertools.islice(styles(), 56))) == 56
     axes.plot([0], [0], label=plain("_hidden?"))
     assert axes.get_legend_handles_labels()[1][-1] == " _hidden?"
+
+
+def test_what_costs_the_same_stands_at_one_tick(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    gain = Difference(1.0, 0.5)
+    figures.plot_gains(
+        [("a", 2.0, gain), ("b", 2.0, gain), ("c", 1.25, Difference(2.0, None))], tmp_path / "x.png", "t"
+    )
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1.25", "2"]
+    one, other, third = (float(bars.lines[0].get_xdata()[0]) for bars in axes.containers)
+    assert one < 2 < other and other - one < 0.1 and third == 1.25
+    low, high = axes.get_xlim()
+    assert low < 1.25 and high > other  # one cost alone keeps its place, too
 
 
 def test_nothing_is_left_where_a_checkpoint_is_not_there(tmp_path, capsys):

@@ -87,6 +87,6 @@ def named_flags(text):
 
 def paragraphs(text):
     """The paragraphs and items of lists; no code, no tables, no headings, and links without their targets."""
-    prose = re.sub(r"^```.*?^```|^\|[^\n]*$|^#[^\n]*$|<!--.*?-->|^:::[^\n]*$", "", text, flags=re.S | re.M)
+    prose = re.sub(r"^```.*?^```|^\|[^\n]*$|^#[^\n]*$|<!--.*?-->", "", text, flags=re.S | re.M)
     prose = re.sub(r"\]\([^)]*\)", "]", re.sub(r"^(?=- |\d+\. )", "\n", prose, flags=re.M))
     return [part for part in re.split(r"\n\s*\n", prose) if part.strip()]
