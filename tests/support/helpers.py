@@ -153,20 +153,28 @@ def assert_same(actual, expected, tolerance=1e-10):
 
     Returns the largest difference by that measure.
     """
+    worst = 0.0
+    for name, error, measure in _differences(actual, expected):
+        assert error <= tolerance * measure, f"{name}: error {error:.3g}, bound {tolerance * measure:.3g}"
+        worst = max(worst, error / measure if measure else 0.0)
+    return worst
+
+
+def difference(actual, expected):
+    """The largest difference, by the measure of `assert_same`."""
+    return max(error / measure for _, error, measure in _differences(actual, expected) if measure)
+
+
+def _differences(actual, expected):
     assert actual.keys() == expected.keys()
     top = max(float(t.abs().max()) for t in expected.values() if t is not None and t.numel())
-    worst = 0.0
     for name, want in expected.items():
         got = actual[name]
         if want is None:
             assert got is None or not got.any(), name
             continue
         scale = float(want.abs().max())
-        error = float((got - want).abs().max())
-        measure = scale if scale > 1e-12 * top else top
-        assert error <= tolerance * measure, f"{name}: error {error:.3g}, bound {tolerance * measure:.3g}"
-        worst = max(worst, error / measure if measure else 0.0)
-    return worst
+        yield name, float((got - want).abs().max()), scale if scale > 1e-12 * top else top
 
 
 def snapshot(model):
