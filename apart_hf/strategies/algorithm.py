@@ -19,7 +19,7 @@ from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
 from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.machine import draw_device, processes
-from apart_hf.strategies.passes import applied, ascending, further_passes, shown
+from apart_hf.strategies.passes import applied, ascending, further_passes, released, shown
 from apart_hf.strategies.sample_count import count_samples, rows_of
 from apart_hf.strategies.samples import can_be_sorted, check_rows, select_samples
 from apart_hf.strategies.scalars import python_number
@@ -161,7 +161,7 @@ class Algorithm(StrategyState):
         others = [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
         buffers = [(b, b._version) for m in others for b in m.buffers(recurse=False)]
         isolated = isolated_gradients(self.model) if self._isolates or not keeps else nullcontext()
-        with combination.combining():
+        with released(self.perturbations), combination.combining():
             with isolated, unsynchronised(self.model), ExitStack() as observed:
                 for perturbation in self.perturbations:
                     observed.enter_context(perturbation.observed(plan.samples))

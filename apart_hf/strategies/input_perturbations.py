@@ -95,12 +95,8 @@ class Inputs(Perturbation):
         finally:
             self._climbs = False
 
-    @contextmanager
-    def applied(self, samples: int) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._images = self._delta = None
+    def release(self) -> None:
+        self._images = self._delta = None
 
     def shown(self, batch: Any) -> Any:
         images = find_images(batch)
@@ -127,8 +123,9 @@ class Inputs(Perturbation):
                 "that the loss function is given."
             )
         else:
-            # comparisons with NaN are false: an overflow gives no sign
-            sign = (delta.grad > 0).to(delta.dtype) - (delta.grad < 0).to(delta.dtype)
+            # comparisons with NaN, which 0 * inf is, are false: an overflow anywhere gives no sign to any pixel
+            counts = delta.grad.abs() > 0 * delta.grad.abs().amax()
+            sign = torch.where(counts, delta.grad.sign(), 0.0)
             delta = delta.detach() + self.pixel_step * unit * sign
         lower = torch.maximum(-radius, black - images).clamp(max=0)
         upper = torch.minimum(radius, white - images).clamp(min=0)

@@ -27,6 +27,16 @@ def shown(perturbations: Sequence[Perturbation], batch: Any) -> Any:
 
 
 @contextmanager
+def released(perturbations: Sequence[Perturbation]) -> Iterator[None]:
+    """Open one call of a strategy; at its end, also by an exception, perturbations hold nothing of its batch."""
+    try:
+        yield
+    finally:
+        for perturbation in perturbations:
+            perturbation.release()
+
+
+@contextmanager
 def applied(perturbations: Sequence[Perturbation], size: int, *, climbs: bool = False) -> Iterator[None]:
     """Open a pass in which all perturbations are in place.
 

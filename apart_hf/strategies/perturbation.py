@@ -25,6 +25,7 @@ class Perturbation(PassSamples):
             perturbation.ascend(generator)
         with perturbation.applied(samples):      # the perturbed pass; undone at the end, also by an exception
             ...forward, backward...
+        perturbation.release()                   # what the call held, also after an exception in any pass
 
     In each of these passes the model is given `shown(batch)`.
 
@@ -199,3 +200,12 @@ class Perturbation(PassSamples):
             False
         """
         return nullcontext()
+
+    def release(self) -> None:
+        """Let go of what was held for one call of a strategy, at its end, also by an exception: here of nothing.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import Perturbation
+            >>> Perturbation(timm.create_model("test_resnet")).release()
+        """

@@ -79,6 +79,9 @@ class Weights(Perturbation):
         flat.masked_fill_(~(norms < torch.inf).all(), 0.0)
         self._moving, self._steps = parameters, steps
 
+    def release(self) -> None:
+        self._moving, self._steps = [], []
+
     @contextmanager
     def applied(self, samples: int) -> Iterator[None]:
         # put back by copy: adding and subtracting the step would leave rounding errors, different on each rank; through
