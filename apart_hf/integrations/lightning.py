@@ -83,8 +83,8 @@ class Apart(Callback):
         every: int = 1,
         uneven: Uneven = "fit",
         generator: torch.Generator | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         **hyper: Any,
     ):
         check_hyper_parameters(method, hyper)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.patching import TooFewValues, kept_buffers, untracked_statistics
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, written
 from apart_hf.strategies.auxiliary_batchnorm import in_use_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
@@ -53,8 +53,8 @@ class Algorithm(StrategyState):
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         every: int = 1,
         uneven: Uneven = "error",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         kept: dict[str, Any] = {"every": every, "uneven": uneven, "mean": mean, "std": std}
         super().__init__(name, method, model, hyper, generator=generator, **kept)
@@ -96,7 +96,7 @@ class Algorithm(StrategyState):
         if samples == 0 or (samples is None and rows_of(batch) == [0]):
             raise ApartError("the batch has no samples; leave empty batches out.")
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 0):
-            raise ApartError(f"samples={samples!r}: the number of samples of the batch is an integer >= 1.")
+            raise ApartError(f"samples={written(samples)}: the number of samples of the batch is an integer >= 1.")
         if not (perturb and self.perturbations) or (self.steps + 1) % self.every:
             return None
         if not self.counts_samples:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, written
 from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of
 from apart_hf.strategies.fitting import whole_size
 from apart_hf.strategies.hyper_parameters import Uneven
@@ -38,13 +38,13 @@ class StrategyState:
         generator: torch.Generator | None = None,
         every: int = 1,
         uneven: Uneven = "error",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ApartError(
-                f"generator={generator!r} is of type {type(generator).__name__}; pass a torch.Generator, for instance "
-                "torch.Generator().manual_seed(0)."
+                f"generator={written(generator)} is of type {type(generator).__name__}; pass a torch.Generator, for "
+                "instance torch.Generator().manual_seed(0)."
             )
         self.name, self.method, self.model, self.generator = name, method, model, generator
         hyper, every = python_numbers(hyper), python_number(every)
@@ -236,11 +236,12 @@ class StrategyState:
         """Check what no perturbation does."""
         ratio = hyper.get("ratio", 1.0)
         if not (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio <= 1):
-            raise ApartError(f"ratio={ratio!r}: N/M, the share of the batch in the second pass, is in (0, 1].")
+            raise ApartError(f"ratio={written(ratio)}: N/M, the share of the batch in the second pass, is in (0, 1].")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ApartError(f"every={every!r}: the second pass is made in each so-manieth step, an integer >= 1.")
+            text = written(every)
+            raise ApartError(f"every={text}: the second pass is made in each so-manieth step, an integer >= 1.")
         if uneven not in ("error", "plain", "fit"):
-            raise ApartError(f"uneven={uneven!r}: choose 'error', 'plain' or 'fit'.")
+            raise ApartError(f"uneven={written(uneven)}: choose 'error', 'plain' or 'fit'.")
 
     def _change(self, hyper: dict[str, Any], changed: frozenset[str]) -> None:
         """Change what has a hyper-parameter that changed, and nothing else: a schedule calls this in each step."""

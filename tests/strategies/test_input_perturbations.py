@@ -224,15 +224,18 @@ def test_the_scale_is_the_model_s_own_where_none_is_given():
         {},
         {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
         {"mean": [0.5], "std": np.array([0.5])},
+        {"mean": 0.5, "std": torch.tensor(0.5)},
+        {"mean": np.float64(0.5), "std": np.array(0.5)},
+        {"mean": torch.tensor([0.5] * 3), "std": torch.tensor([0.5])},
         SCALE,
     ):
         model = build("test_resnet")  # whose pretrained_cfg says 0.5
         create_strategy("advprop", nn.Sequential(model), steps=2, **scale).accumulate_gradients(*data, cross_entropy)
         found.append(gradients(model))
-    assert_same(found[1], found[0], tolerance=0)
-    assert_same(found[2], found[0], tolerance=0)
+    for other in found[1:-1]:
+        assert_same(other, found[0], tolerance=0)
     with pytest.raises(AssertionError):
-        assert_same(found[3], found[0])
+        assert_same(found[-1], found[0])
 
 
 def test_images_of_a_batch():
@@ -295,7 +298,10 @@ def test_a_loss_that_does_not_look_at_the_batch_is_refused():
         ({"std": [0.5, 0.0, 0.5]}, "numbers above 0"),
         ({"mean": "0.5"}, "finite numbers are needed"),
         ({"mean": []}, "finite numbers are needed"),
-        ({"mean": 0.5}, "finite numbers are needed"),
+        ({"mean": True}, "finite numbers are needed"),
+        ({"mean": float("inf")}, "mean=inf: finite numbers are needed"),
+        ({"std": 0}, "std=0: finite numbers above 0 are needed"),
+        ({"std": torch.tensor(-1.0)}, "numbers above 0"),
     ],
     ids=str,
 )
