@@ -52,6 +52,7 @@ class GroupStatistics(Perturbation):
 
     defaults: ClassVar = {"groups": 16}
     applied_last = True
+    replaces_statistics = True
 
     def __init__(self, model: nn.Module, *, groups: int):
         self.model, self.groups = model, checked_count("groups", groups, "groups")

@@ -75,6 +75,8 @@ class Perturbation(PassSamples):
     fixed: ClassVar[frozenset[str]] = frozenset()
     #: True where methods of a list that have the class each have one of it in common.
     shareable: ClassVar[bool] = False
+    #: True where `applied` normalises BN layers by statistics of its own, so that auxiliary BN has none to keep.
+    replaces_statistics: ClassVar[bool] = False
     #: True where the class takes what images are normalised by, as `mean` and `std`.
     takes_pixel_scale: ClassVar[bool] = False
 
