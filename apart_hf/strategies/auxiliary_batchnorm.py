@@ -180,6 +180,15 @@ def in_use_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn.Pa
     return {theirs: own for p in auxiliary_of(perturbations) for theirs, own in p.in_use().items()}
 
 
+def share_parameters(perturbations: Sequence[Perturbation], others: Sequence[Perturbation]) -> None:
+    """Let others, made for another form of the same model, hold the very parameters that perturbations hold.
+
+    An optimizer that has them then trains those of both.
+    """
+    for mine, other in zip(auxiliary_of(perturbations), auxiliary_of(others)):
+        other._affine = dict(mine._affine)
+
+
 def check_trained(perturbations: Sequence[Perturbation], *, keeps_clean_gradient: bool) -> None:
     """Refuse to train by passes none of which has the model's own gamma and beta.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apart_hf.errors import ApartError, written
-from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of
+from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of, share_parameters
 from apart_hf.strategies.fitting import whole_size
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.making import made_combination, made_perturbations, take_over
@@ -196,6 +196,8 @@ class StrategyState:
     def take_over(self, other: StrategyState) -> None:
         """Go on from where another strategy is, which was made with the same values, for another form of its model.
 
+        Auxiliary gamma and beta become the very parameters of the other, which an optimizer may have.
+
         Args:
             other: of the same method.
 
@@ -214,6 +216,7 @@ class StrategyState:
             sam(rho=0.3)
         """
         self._load(other.state_dict())
+        share_parameters(other.perturbations, self.perturbations)
 
     def _load(self, state: dict[str, Any]) -> None:
         check_state(self.name, self.hyper, self.generator is not None, state)
