@@ -143,7 +143,6 @@ class Apart(Callback):
         before = self.loss if self._module is pl_module else None
         self.loss = create_loss(self.method, cast(nn.Module, trainer.strategy.model), StepCall.in_pass, **self._options)
         self._module = pl_module
-        join_groups(trainer.optimizers, self.loss.strategy)
         state, self._kept = dict(self._kept or {}), None
         by_process = state.pop(_RANDOM, None)
         if by_process is not None:
@@ -154,6 +153,7 @@ class Apart(Callback):
             self.loss.load_state_dict(state)
         elif before is not None:
             self.loss.go_on_from(before)
+        join_groups(trainer.optimizers, self.loss.strategy)
 
     def _go_on_drawing(self) -> None:
         if self.generator is None and self._random is not None:

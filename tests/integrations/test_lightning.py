@@ -27,7 +27,7 @@ from torchmetrics import Accuracy, MeanMetric, MetricCollection, Precision
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.lightning import Apart
 from tests.support.helpers import assert_same, build, snapshot
-from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, sgd
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, hyper_on_ranks, sgd
 from tests.support.processes import ranks_environment
 from tests.support.ranks import RANKS, on_two_ranks
 
@@ -505,10 +505,10 @@ def on_rank(rank, folder, environments):
     os.environ.update(environments[rank] | {"NODE_RANK": "0"})
     torch.set_num_threads(1)
     found = {}
-    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2)):
+    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2), ("advprop", 1)):
         dtype = torch.float32 if accumulated == 1 else torch.float64
         parts, module, plain = batches(8, 8, 8, 8, dtype=dtype)[rank::2], Module(dtype), build("small", dtype=dtype)
-        hyper = hyper_of(method, 0.5 if HYPER[method] else 1)
+        hyper = hyper_on_ranks(method) | (SCALE if method == "advprop" else {})
         more = {
             "devices": 2,
             "strategy": ddp_of_gloo(),

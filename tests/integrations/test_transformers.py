@@ -27,7 +27,7 @@ from apart_hf import METHODS, ApartError, create_strategy
 from apart_hf.integrations.transformers import ApartMixin, ApartTrainer, ApartTrainingArguments
 from apart_hf.integrations.transformers_arguments import method_options
 from tests.support.helpers import assert_same, build, randomise_batchnorm, snapshot
-from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, sgd
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, hyper_on_ranks, sgd
 from tests.support.processes import ranks_environment
 from tests.support.ranks import RANKS, on_two_ranks
 
@@ -148,8 +148,8 @@ AUXILIARY = {
 }
 
 
-def normalised():
-    model = Keywords()
+def normalised(dtype=torch.float32):
+    model = Keywords(dtype)
     model.net.pretrained_cfg = SCALE
     return model
 
@@ -493,20 +493,18 @@ def on_rank(rank, folder, environments):
     os.environ.update(environments[rank])
     torch.set_num_threads(1)
     found = {}
-    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2)):
-        ratio = 0.5 if HYPER[method] else 1
+    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2), ("advprop", 1)):
         dtype = torch.float32 if accumulated == 1 else torch.float64
-        parts, model = batches(8, 8, 8, 8, dtype=dtype), Keywords(dtype)
-        mine = {f"apart_{key}": value for key, value in hyper_of(method, ratio).items()} | {"apart_method": method}
+        parts, model = batches(8, 8, 8, 8, dtype=dtype), normalised(dtype)
+        hyper = hyper_on_ranks(method)
+        mine = {f"apart_{key}": value for key, value in hyper.items()} | {"apart_method": method}
         args = ApartTrainingArguments(str(folder), **COMMON | mine, gradient_accumulation_steps=accumulated)
         trainer = trained(OurTrainer, model, args, parts)
         assert args.parallel_mode.value == "distributed" and args.world_size == 2
-        plain = Keywords(dtype)
+        plain = normalised(dtype)
         wrapped = torch.nn.parallel.DistributedDataParallel(plain)
         own = parts[rank::2]
-        losses = by_strategy(
-            wrapped, method, own, own_loss(wrapped), accumulated=accumulated, **hyper_of(method, ratio)
-        )
+        losses = by_strategy(wrapped, method, own, own_loss(wrapped), accumulated=accumulated, **hyper)
         found[method, accumulated] = trainer.losses, losses, model.state_dict(), plain.state_dict()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
