@@ -117,9 +117,6 @@ class SmallNet(nn.Module):
         return self.fc(torch.tanh(self.bn2(self.conv2(x))).mean((2, 3)))
 
 
-OWN = {"bn1d": BatchNorm1dNet, "small": SmallNet}
-
-
 class Tokens(nn.Module):
     """BN1d over the tokens of all samples, as in LeViT: dim 0 is samples x rows."""
 
@@ -130,6 +127,9 @@ class Tokens(nn.Module):
     def forward(self, x):
         tokens = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
         return self.fc(self.bn(tokens).square().view(len(x), -1, 6).mean(1))
+
+
+OWN = {"bn1d": BatchNorm1dNet, "small": SmallNet, "tokens": lambda num_classes: Tokens()}
 
 
 def build(name, *, num_classes=5, dtype=torch.float64, seed=0, **kwargs):

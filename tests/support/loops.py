@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from apart_hf import create_strategy
 from tests.support.helpers import batch
@@ -66,3 +67,9 @@ def by_strategy(model, method, parts, loss_fn, *, bfloat16=False, accumulated=1,
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def loss_and_output(model, part):
+    """The loss function of tests of `create_loss`, with an auxiliary output."""
+    output = model(part["x"])
+    return cross_entropy(output, part["y"]), output
