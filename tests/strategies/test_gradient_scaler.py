@@ -11,7 +11,7 @@ from tests.support.helpers import assert_same, batch, build, gradients
 from tests.support.oracle import FAMILY
 
 NEW = ["advprop", "fast-advprop", "apart-advprop", "advbn", "awp", "gsam"]
-# what overflows in these is put on the optimizer's parameters; passes that climb give images and features a gradient
+# the first and the last pass of a step: those whose gradient the optimizer takes, so that the scaler sees an overflow
 REACHING = {"advprop": (1, 4), "fast-advprop": (1, 2), "apart-advprop": (1, 3), "advbn": (1, 4), "awp": (1, 2)}
 REACHING["gsam"] = (1, 2)
 
