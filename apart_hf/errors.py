@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 _SHOWN = 3  # names in a message
+_LONGEST = 100  # characters of a value
 
 
 class ApartError(ValueError):
@@ -59,3 +60,9 @@ def shown(names: Sequence[str], kind: str) -> str:
     more = ", ..." if len(names) > _SHOWN else ""
     plural = "" if len(names) == 1 else "es" if kind.endswith("s") else "s"
     return f"{len(names)} {kind}{plural} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def written(value: object) -> str:
+    """Write a value of the user's in one line, as tensors and modules do not write themselves, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apart_hf.errors import ApartError
 from apart_hf.integrations.extras import brought_by
 from apart_hf.integrations.lightning_step import NoLoss, StepCall, check_module
+from apart_hf.integrations.own_parameters import join_groups
 from apart_hf.strategies.hyper_parameters import MethodName, Uneven
 from apart_hf.strategies.loss import create_loss
 from apart_hf.strategies.machine import processes
@@ -43,7 +44,8 @@ class Apart(Callback):
         uneven: see `create_strategy`; the default fits groups and ratio to batches of any size.
         generator: see `create_strategy`. Checkpoints keep its state or, where it is None, that of torch's global one.
         mean, std: see `create_strategy`.
-        **hyper: the method's hyper-parameters, see `create_strategy`; aux_affine is not taken here.
+        **hyper: the method's hyper-parameters, see `create_strategy`. An auxiliary gamma and beta (aux_affine) are
+            trained in the optimizer and group of those in whose place they stand.
 
     Attributes:
         loss: the `TwoPassLoss` of the module that is trained; None before `fit`.
@@ -83,16 +85,11 @@ class Apart(Callback):
         every: int = 1,
         uneven: Uneven = "fit",
         generator: torch.Generator | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         **hyper: Any,
     ):
         check_hyper_parameters(method, hyper)
-        if hyper.get("aux_affine"):
-            raise ApartError(
-                "aux_affine=True is not taken here: the module's optimizers are made before the auxiliary gamma and "
-                "beta; leave it out, or use create_loss in a loop that adds its strategy.parameters() to an optimizer."
-            )
         self.method, self.generator = method, generator
         scale = {"mean": mean, "std": std}
         self._options: dict[str, Any] = {"every": every, "uneven": uneven, "generator": generator, **scale, **hyper}
@@ -156,6 +153,7 @@ class Apart(Callback):
             self.loss.load_state_dict(state)
         elif before is not None:
             self.loss.go_on_from(before)
+        join_groups(trainer.optimizers, self.loss.strategy)
 
     def _go_on_drawing(self) -> None:
         if self.generator is None and self._random is not None:

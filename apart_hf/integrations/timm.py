@@ -36,8 +36,8 @@ def apart(
     generator: torch.Generator | None = None,
     every: int = 1,
     uneven: Uneven = "fit",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     **hyper: Any,
 ) -> Task:
     """Let a task of `timm.task` train by a method: `task = apart(task, "apart", epsilon=0.1, groups=16)`.

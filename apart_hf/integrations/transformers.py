@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from apart_hf.errors import ApartError
 from apart_hf.integrations.extras import brought_by
+from apart_hf.integrations.own_parameters import join_groups
 from apart_hf.integrations.transformers_arguments import ApartTrainingArguments, method_options
+from apart_hf.integrations.transformers_state import ApartState
 from apart_hf.integrations.untraced import Traces
+from apart_hf.strategies.auxiliary_batchnorm import share_parameters
 from apart_hf.strategies.checks import check_model
 from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.loss import create_loss
@@ -21,40 +24,10 @@ from apart_hf.strategies.two_pass import TwoPassStrategy
 from apart_hf.strategies.two_pass_loss import TwoPassLoss
 
 with brought_by("transformers", "transformers"):
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_callback import ExportableState
+    from transformers import Trainer
 
 __all__ = ["ApartMixin", "ApartTrainer", "ApartTrainingArguments"]
 _CURE = "override count_samples(inputs) of the trainer, which returns it"
-
-
-class ApartState(TrainerCallback, ExportableState):
-    """Keeps a method's state in the Trainer's checkpoints, in trainer_state.json.
-
-    Attributes:
-        loss: that makes both passes; None before the first step.
-        kept: the state to go on from, of a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self.loss: TwoPassLoss[Any, Any] | None = None
-        self.kept: dict[str, Any] | None = None
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"kept": self.kept if self.loss is None else self.loss.state_dict()}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.loss = self.kept = None
-        found = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if state.global_step:
-            self.kept = found["attributes"]["kept"]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.loss is None:
-            raise ApartError(
-                "the optimizer made a step without both passes, since the trainer has a training_step of its own that "
-                "does not call super().training_step; let it, or name ApartMixin before the class that has it."
-            )
 
 
 class ApartMixin:
@@ -82,6 +55,9 @@ class ApartMixin:
         >>> issubclass(ApartTrainer, ApartMixin)
         True
     """
+
+    #: A strategy whose parameters are those of the optimizer.
+    _optimised: TwoPassStrategy | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -175,11 +151,23 @@ class ApartMixin:
         keeper = self._keeper
         if keeper.loss is None or keeper.loss.model is not model:
             before, keeper.loss = keeper.loss, self._make(create_loss, model, _Call.in_pass)
+            if self._optimised is not None:
+                share_parameters(self._optimised.perturbations, keeper.loss.strategy.perturbations)
+            kept = keeper.take_kept()
             if before is not None:
                 keeper.loss.go_on_from(before)
-            elif keeper.kept is not None:
-                keeper.loss.load_state_dict(keeper.kept)
+            elif kept is not None:
+                keeper.loss.load_state_dict(kept)
         return keeper.loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the trainer's optimizer, which trains an auxiliary gamma and beta as well; see the trainer's own."""
+        trainer: Any = self
+        optimizer = cast(Any, super()).create_optimizer(*args, **kwargs)
+        if self._optimised is None or self._optimised.model is not trainer.model:
+            self._optimised = self._make(create_strategy, trainer.model)
+        join_groups([trainer.optimizer], self._optimised)
+        return optimizer
 
     def _make(self, create: Callable[..., Any], *inputs: Any) -> Any:
         options = method_options(cast(Any, self).args)

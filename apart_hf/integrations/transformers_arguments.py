@@ -30,6 +30,7 @@ class ApartTrainingArguments(TrainingArguments):
         apart_method: one of `list_strategies()`.
         apart_epsilon, apart_groups, apart_ratio, apart_rho, apart_eta, apart_gamma, apart_alpha: see `create_strategy`.
         apart_pixel_epsilon, apart_pixel_step, apart_layer, apart_step_size, apart_steps: see `create_strategy`.
+        apart_random_start, apart_aux_affine, apart_local_attack, apart_global_norm: options, see `create_strategy`.
         apart_every: the second pass is made in each so-manieth step of the optimizer.
         apart_uneven: see `create_strategy`; the default fits groups and ratio to batches of any size.
 
@@ -66,6 +67,10 @@ class ApartTrainingArguments(TrainingArguments):
     apart_pixel_epsilon: float | None = _argument(None, "Largest change of a pixel, in units of 1/255.")
     apart_pixel_step: float | None = _argument(None, "Change of a pixel in a step of the ascent, in units of 1/255.")
     apart_steps: int | None = _argument(None, "Steps of the ascent, in the images or features.")
+    apart_random_start: bool = _argument(False, "Begin the ascent in the images at random, which takes one more pass.")
+    apart_aux_affine: bool = _argument(False, "Train a gamma and beta of perturbed batches' own in BatchNorm.")
+    apart_local_attack: bool = _argument(False, "Each process attacks the statistics by the gradient of its own batch.")
+    apart_global_norm: bool = _argument(False, "All processes climb the mean of their weights' gradients.")
     apart_every: int = _argument(1, "The second pass is made in each so-manieth step of the optimizer.")
     apart_uneven: Uneven = _argument(
         "fit",
@@ -94,4 +99,4 @@ def method_options(args: Any) -> dict[str, Any]:
             "dataclass that inherits from it."
         )
     given = {name.removeprefix(_PREFIX): getattr(args, name) for name in names}
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in given.items() if value is not None and value is not False}

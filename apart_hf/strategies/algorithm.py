@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.patching import TooFewValues, kept_buffers, untracked_statistics
-from apart_hf.errors import ApartError
-from apart_hf.strategies.auxiliary_batchnorm import in_use_of
+from apart_hf.errors import ApartError, written
+from apart_hf.strategies.auxiliary_batchnorm import check_trained, in_use_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
 from apart_hf.strategies.gradients import isolated_gradients, silent_for_others, unsynchronised
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.machine import draw_device, processes
-from apart_hf.strategies.passes import applied, ascending, further_passes, shown
+from apart_hf.strategies.passes import applied, ascending, further_passes, released, shown
 from apart_hf.strategies.sample_count import count_samples, rows_of
 from apart_hf.strategies.samples import can_be_sorted, check_rows, select_samples
 from apart_hf.strategies.scalars import python_number
@@ -53,14 +53,15 @@ class Algorithm(StrategyState):
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         every: int = 1,
         uneven: Uneven = "error",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         kept: dict[str, Any] = {"every": every, "uneven": uneven, "mean": mean, "std": std}
         super().__init__(name, method, model, hyper, generator=generator, **kept)
         self._autocast: Callable[[], AbstractContextManager[Any]] = autocast or nullcontext
         self.perturbed_loss: Tensor | None = None
         self._notice = Notice()
+        check_trained(self.perturbations, keeps_clean_gradient=self.combination.keeps_clean_gradient)
         self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
 
     @property
@@ -96,7 +97,7 @@ class Algorithm(StrategyState):
         if samples == 0 or (samples is None and rows_of(batch) == [0]):
             raise ApartError("the batch has no samples; leave empty batches out.")
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 0):
-            raise ApartError(f"samples={samples!r}: the number of samples of the batch is an integer >= 1.")
+            raise ApartError(f"samples={written(samples)}: the number of samples of the batch is an integer >= 1.")
         if not (perturb and self.perturbations) or (self.steps + 1) % self.every:
             return None
         if not self.counts_samples:
@@ -161,7 +162,7 @@ class Algorithm(StrategyState):
         others = [m for m in modules if m._buffers and not isinstance(m, _BatchNorm)]
         buffers = [(b, b._version) for m in others for b in m.buffers(recurse=False)]
         isolated = isolated_gradients(self.model) if self._isolates or not keeps else nullcontext()
-        with combination.combining():
+        with released(self.perturbations), combination.combining():
             with isolated, unsynchronised(self.model), ExitStack() as observed:
                 for perturbation in self.perturbations:
                     observed.enter_context(perturbation.observed(plan.samples))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,16 +85,23 @@ class AuxiliaryBatchNorm(Perturbation):
 
     def stand_ins(self) -> dict[nn.Parameter, nn.Parameter]:
         """Return the parameters held here, by those of the model in whose place they are."""
-        layers, found = self.layers, {}
-        for key, own in self._affine.items():
-            name, _, kind = key.rpartition(".")
-            found[getattr(layers[name], kind)] = own
-        return found
+        return {cast(nn.Parameter, self._theirs(key)): own for key, own in self._affine.items()}
 
     def in_use(self) -> dict[nn.Parameter, nn.Parameter]:
         """Return those of `stand_ins` that passes now take; layers in eval mode are the model's own in all of them."""
         taken = {self._affine[key] for key in self._affine if self.layers[key.rpartition(".")[0]].training}
         return {theirs: own for theirs, own in self.stand_ins().items() if own in taken}
+
+    def observed(self, samples: int) -> AbstractContextManager[None]:
+        for key, tensor in self._statistics.items():
+            self._statistics[key] = _like(tensor, self._theirs(key))
+        for key, own in self._affine.items():
+            own.data = _like(own.data, self._theirs(key))
+        return nullcontext()
+
+    def _theirs(self, key: str) -> Tensor:
+        name, _, kind = key.rpartition(".")
+        return getattr(self.layers[name], kind)
 
     def climbing(self, samples: int) -> Any:
         return self._in_place(tracks=False)
@@ -124,15 +131,12 @@ class AuxiliaryBatchNorm(Perturbation):
         for kind in _AFFINE:
             own = self._affine.get(f"{name}.{kind}")
             if own is not None:
-                own.data = _like(own.data, getattr(layer, kind))
                 # DDP awaits a gradient of every parameter of the model
                 held = own if processes() == 1 else own + 0.0 * getattr(layer, kind)
                 layer._parameters[kind] = held
         if layer.running_mean is not None:
             for kind in _STATISTICS:
-                key = f"{name}.{kind}"
-                self._statistics[key] = _like(self._statistics[key], getattr(layer, kind))
-                layer._buffers[kind] = self._statistics[key]
+                layer._buffers[kind] = self._statistics[f"{name}.{kind}"]
             layer.track_running_stats = tracks
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -174,6 +178,29 @@ def stand_ins_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn
 def in_use_of(perturbations: Sequence[Perturbation]) -> dict[nn.Parameter, nn.Parameter]:
     """Return those of `stand_ins_of` that the passes now take."""
     return {theirs: own for p in auxiliary_of(perturbations) for theirs, own in p.in_use().items()}
+
+
+def share_parameters(perturbations: Sequence[Perturbation], others: Sequence[Perturbation]) -> None:
+    """Let others, made for another form of the same model, hold the very parameters that perturbations hold.
+
+    An optimizer that has them then trains those of both.
+    """
+    for mine, other in zip(auxiliary_of(perturbations), auxiliary_of(others)):
+        other._affine = dict(mine._affine)
+
+
+def check_trained(perturbations: Sequence[Perturbation], *, keeps_clean_gradient: bool) -> None:
+    """Refuse to train by passes none of which has the model's own gamma and beta.
+
+    Raises:
+        ApartError: where there is an auxiliary gamma and beta, and the gradient of the clean pass is dropped.
+    """
+    if not keeps_clean_gradient and stand_ins_of(perturbations):
+        raise ApartError(
+            "aux_affine=True: the perturbed pass alone is trained on, and in it the auxiliary gamma and beta are in "
+            "the place of the model's, which would stay as they are; leave aux_affine out, or "
+            "keeps_clean_gradient=False."
+        )
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:

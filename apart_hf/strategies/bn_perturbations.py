@@ -33,6 +33,12 @@ def _by_groups(samples: int, groups: int, device: torch.device) -> Tensor:
     return torch.arange(samples, device=device).view(-1, groups).t().flatten()
 
 
+def _unallocated() -> dict[str, Any]:
+    """Return what holds the deltas, as it is before the first step."""
+    indices = torch.empty(0, dtype=torch.int64)
+    return {"_deltas": torch.empty(0), "_layer_of": indices, "_leaves": {}, "_fixed": {}}
+
+
 class GroupStatistics(Perturbation):
     """Perturbs nothing but the groups: the second pass normalises each by its own statistics (ghost BN).
 
@@ -46,14 +52,20 @@ class GroupStatistics(Perturbation):
 
     defaults: ClassVar = {"groups": 16}
     applied_last = True
+    replaces_statistics = True
 
     def __init__(self, model: nn.Module, *, groups: int):
         self.model, self.groups = model, checked_count("groups", groups, "groups")
         self.layers, self._shared = supported_layers(model), Shared()
-        # nothing yet: the model may still move to another device
-        self._deltas, self._layer_of = torch.empty(0), torch.empty(0, dtype=torch.int64)
-        self._leaves: dict[str, tuple[Tensor, Tensor]] = {}
-        self._fixed: dict[str, tuple[Tensor, Tensor]] = {}
+        self._deltas: Tensor
+        self._layer_of: Tensor
+        self._leaves: dict[str, tuple[Tensor, Tensor]]
+        self._fixed: dict[str, tuple[Tensor, Tensor]]
+        vars(self).update(_unallocated())  # the model may still move to another device
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle would make tensors of their own of the slices, which the attack would then not reach
+        return {**vars(self), **_unallocated()}
 
     def check(self, samples: int) -> None:
         if samples % self.groups:

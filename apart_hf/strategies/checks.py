@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, written
 from apart_hf.strategies.machine import processes
 from apart_hf.strategies.wrapping import wraps
 
@@ -61,14 +61,14 @@ def check_helpers(accelerator: Any, autocast: Any) -> None:
     """
     if accelerator is not None and not callable(getattr(accelerator, "backward", None)):
         raise ApartError(
-            f"accelerator={accelerator!r} is of type {type(accelerator).__name__}, which has no backward; pass an "
-            "accelerate.Accelerator, or leave it out."
+            f"accelerator={written(accelerator)} is of type {type(accelerator).__name__}, which has no backward; pass "
+            "an accelerate.Accelerator, or leave it out."
         )
     is_context = hasattr(autocast, "__enter__") and not isinstance(autocast, type)  # torch's is callable as well
     if autocast is not None and (is_context or not callable(autocast)):
         raise ApartError(
-            f"autocast={autocast!r} is of type {type(autocast).__name__}; pass a function that makes the context, for "
-            'instance lambda: torch.autocast("cuda", torch.bfloat16).'
+            f"autocast={written(autocast)} is of type {type(autocast).__name__}; pass a function that makes the "
+            'context, for instance lambda: torch.autocast("cuda", torch.bfloat16).'
         )
 
 

@@ -74,8 +74,8 @@ def create_strategy(
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     **hyper: Any,
 ) -> TwoPassStrategy: ...
 def create_strategy(
@@ -88,8 +88,8 @@ def create_strategy(
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     **hyper: Any,
 ) -> TwoPassStrategy:
     """Make what fills `p.grad` for one batch, by a method's name: APART (Algorithm 1), SAM, both, or a plain step.
@@ -111,8 +111,8 @@ def create_strategy(
         uneven: what becomes of a batch that groups or ratio do not fit, such as the last one of an epoch. "error": it
             is refused. "plain": it takes an ordinary pass. "fit": it takes the largest number of groups, and of samples
             in the second pass, that fits it. What was done is logged once.
-        mean, std: what images are normalised by, for methods that move pixels: one value, or one for each channel.
-            None: as the model's `pretrained_cfg` says.
+        mean, std: what images are normalised by, for methods that move pixels: a number, or one for each channel in a
+            list, array or tensor. None: as the model's `pretrained_cfg` says.
         **hyper: the method's hyper-parameters (`METHODS[name].hyper_parameters()` has their defaults):
 
             - epsilon: radius of the statistics' perturbation, as a share of the batch's own mean and scale, >= 0.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from apart_hf.errors import ApartError, unknown_name
+from apart_hf.errors import ApartError, unknown_name, written
 from apart_hf.strategies.bn_perturbations import DEAD_ZONE
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.scalars import checked_count, checked_radius
@@ -152,7 +152,7 @@ def find_layer(model: nn.Module, layer: Any) -> tuple[str, nn.Module]:
     network = unwrapped(model)
     names = {name: module for name, module in network.named_modules() if name}
     if not isinstance(layer, str):
-        raise ApartError(f"layer={layer!r}: the layer is named, for instance layer='layer1'.")
+        raise ApartError(f"layer={written(layer)}: the layer is named, for instance layer='layer1'.")
     if layer == FIRST_STAGE:
         layer = _first_stage(network)
         if layer not in names:

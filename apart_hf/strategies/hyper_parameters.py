@@ -45,8 +45,8 @@ class LossOptions(TypedDict, total=False):
     generator: torch.Generator | None
     every: int
     uneven: Uneven
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
+    mean: float | Sequence[float] | None
+    std: float | Sequence[float] | None
 
 
 class Standard(LossOptions, total=False):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, written
 from apart_hf.strategies.machine import draw_device
 from apart_hf.strategies.perturbation import Perturbation
 from apart_hf.strategies.pixels import find_images, of_channels, pixel_scale, with_images
@@ -61,8 +61,8 @@ class Inputs(Perturbation):
         pixel_step: float,
         steps: int,
         random_start: bool,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         self.model = model
         self.pixel_epsilon = _checked_pixels(
@@ -95,12 +95,8 @@ class Inputs(Perturbation):
         finally:
             self._climbs = False
 
-    @contextmanager
-    def applied(self, samples: int) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._images = self._delta = None
+    def release(self) -> None:
+        self._images = self._delta = None
 
     def shown(self, batch: Any) -> Any:
         images = find_images(batch)
@@ -127,8 +123,9 @@ class Inputs(Perturbation):
                 "that the loss function is given."
             )
         else:
-            # comparisons with NaN are false: an overflow gives no sign
-            sign = (delta.grad > 0).to(delta.dtype) - (delta.grad < 0).to(delta.dtype)
+            # comparisons with NaN, which 0 * inf is, are false: an overflow anywhere gives no sign to any pixel
+            counts = delta.grad.abs() > 0 * delta.grad.abs().amax()
+            sign = torch.where(counts, delta.grad.sign(), 0.0)
             delta = delta.detach() + self.pixel_step * unit * sign
         lower = torch.maximum(-radius, black - images).clamp(max=0)
         upper = torch.minimum(radius, white - images).clamp(min=0)
@@ -179,8 +176,8 @@ class OneStepInputs(Inputs):
         *,
         pixel_epsilon: float,
         pixel_step: float,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         super().__init__(
             model, pixel_epsilon=pixel_epsilon, pixel_step=pixel_step, steps=1, random_start=False, mean=mean, std=std
@@ -190,5 +187,5 @@ class OneStepInputs(Inputs):
 def _checked_pixels(name: str, value: Any, what: str, usual: str) -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 255:
-        raise ApartError(f"{name}={value!r}: {what} in units of 1/255 must be a number in [0, 255] ({usual}).")
+        raise ApartError(f"{name}={written(value)}: {what} in units of 1/255 must be a number in [0, 255] ({usual}).")
     return value

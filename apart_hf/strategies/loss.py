@@ -118,8 +118,8 @@ def create_loss(
     generator: torch.Generator | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     **hyper: Any,
 ) -> TwoPassLoss[Batch, Result]: ...
 def create_loss(
@@ -131,8 +131,8 @@ def create_loss(
     generator: torch.Generator | None = None,
     every: int = 1,
     uneven: declared.Uneven = "error",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     **hyper: Any,
 ) -> TwoPassLoss[Batch, Result]:
     """Make a loss whose `backward` adds a method's gradient to p.grad: APART, SAM, both, or a plain one.

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from apart_hf.strategies.auxiliary_batchnorm import stand_ins_of
+from apart_hf.strategies.auxiliary_batchnorm import in_use_of, stand_ins_of
 from apart_hf.strategies.gradients import frozen, gradients_aside, unsynchronised
 from apart_hf.strategies.perturbation import Perturbation
+from apart_hf.strategies.weight_perturbations import Weights
 
 
 def further_passes(perturbation: Perturbation) -> int:
@@ -27,6 +28,16 @@ def shown(perturbations: Sequence[Perturbation], batch: Any) -> Any:
 
 
 @contextmanager
+def released(perturbations: Sequence[Perturbation]) -> Iterator[None]:
+    """Open one call of a strategy; at its end, also by an exception, perturbations hold nothing of its batch."""
+    try:
+        yield
+    finally:
+        for perturbation in perturbations:
+            perturbation.release()
+
+
+@contextmanager
 def applied(perturbations: Sequence[Perturbation], size: int, *, climbs: bool = False) -> Iterator[None]:
     """Open a pass in which all perturbations are in place.
 
@@ -35,8 +46,12 @@ def applied(perturbations: Sequence[Perturbation], size: int, *, climbs: bool = 
         size: N, the samples of the pass.
         climbs: the pass is of a further ascent.
     """
+    of_weights = [p for p in perturbations if isinstance(p, Weights)]
+    held = in_use_of(perturbations) if of_weights else {}
+    for mover in of_weights:
+        mover.move_too(held)
     with ExitStack() as opened:
-        for perturbation in sorted(perturbations, key=lambda p: p.applied_last):
+        for perturbation in sorted(perturbations, key=lambda p: (p.applied_last, p not in of_weights)):
             opened.enter_context(perturbation.climbing(size) if climbs else perturbation.applied(size))
         yield
 

@@ -25,6 +25,7 @@ class Perturbation(PassSamples):
             perturbation.ascend(generator)
         with perturbation.applied(samples):      # the perturbed pass; undone at the end, also by an exception
             ...forward, backward...
+        perturbation.release()                   # what the call held, also after an exception in any pass
 
     In each of these passes the model is given `shown(batch)`.
 
@@ -74,6 +75,8 @@ class Perturbation(PassSamples):
     fixed: ClassVar[frozenset[str]] = frozenset()
     #: True where methods of a list that have the class each have one of it in common.
     shareable: ClassVar[bool] = False
+    #: True where `applied` normalises BN layers by statistics of its own, so that auxiliary BN has none to keep.
+    replaces_statistics: ClassVar[bool] = False
     #: True where the class takes what images are normalised by, as `mean` and `std`.
     takes_pixel_scale: ClassVar[bool] = False
 
@@ -199,3 +202,12 @@ class Perturbation(PassSamples):
             False
         """
         return nullcontext()
+
+    def release(self) -> None:
+        """Let go of what was held for one call of a strategy, at its end, also by an exception: here of nothing.
+
+        Example:
+            >>> import timm
+            >>> from apart_hf import Perturbation
+            >>> Perturbation(timm.create_model("test_resnet")).release()
+        """

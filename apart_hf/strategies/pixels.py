@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, written
 from apart_hf.strategies.batches import map_tensors
+from apart_hf.strategies.scalars import python_number
 
 
 def pixel_scale(
-    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+    model: nn.Module, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
     """Find by which mean and deviation images are normalised: (pixel / 255 - mean) / std, for each channel.
 
@@ -43,13 +44,14 @@ def pixel_scale(
 
 
 def _numbers(name: str, values: Any, above: float = -math.inf) -> list[float]:
+    one = python_number(values)
     try:
-        found = [float(value) for value in values]
-    except (TypeError, ValueError):
+        found = [float(value) for value in ([one] if isinstance(one, (int, float)) else values)]
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor with more than one number in a row
         found = []
-    if not found or isinstance(values, str) or not all(above < value < math.inf for value in found):
+    if not found or isinstance(values, (str, bool)) or not all(above < value < math.inf for value in found):
         kind = "numbers" if above == -math.inf else f"numbers above {above:g}"
-        raise ApartError(f"{name}={values!r}: finite {kind} are needed, one, or one for each channel.")
+        raise ApartError(f"{name}={written(values)}: finite {kind} are needed, one, or one for each channel.")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from apart_hf.errors import ApartError
+from apart_hf.errors import ApartError, written
 
 
 def python_number(value: Any) -> Any:
@@ -39,7 +39,7 @@ def checked_radius(name: str, value: Any, usual: str, *, what: str = "radius") -
     """Return `value`, or raise ApartError where it is no radius, or other size, which is a finite number >= 0."""
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ApartError(f"{name}={value!r}: the {what} must be a finite number >= 0 ({usual}).")
+        raise ApartError(f"{name}={written(value)}: the {what} must be a finite number >= 0 ({usual}).")
     return value
 
 
@@ -47,7 +47,7 @@ def checked_count(name: str, value: Any, what: str) -> int:
     """Return `value`, or raise ApartError where it is no number of `what`, which is an integer >= 1."""
     value = python_number(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ApartError(f"{name}={value!r}: the number of {what} must be an integer >= 1.")
+        raise ApartError(f"{name}={written(value)}: the number of {what} must be an integer >= 1.")
     return value
 
 
@@ -55,5 +55,5 @@ def checked_option(name: str, value: Any) -> bool:
     """Return `value`, or raise ApartError where it is neither True nor False."""
     value = python_number(value)
     if not isinstance(value, bool):
-        raise ApartError(f"{name}={value!r}: the option is True or False.")
+        raise ApartError(f"{name}={written(value)}: the option is True or False.")
     return value

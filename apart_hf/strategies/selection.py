@@ -29,7 +29,8 @@ class Given:
 
     def __init__(self, perturbation: Perturbation):
         self.perturbation, self.further_passes = perturbation, perturbation.further_passes
-        self.takes_pixel_scale = perturbation.takes_pixel_scale
+        self.takes_pixel_scale, self.shareable = perturbation.takes_pixel_scale, False
+        self.replaces_statistics = perturbation.replaces_statistics
         for key in perturbation.defaults:
             if not hasattr(perturbation, key):
                 raise ApartError(
@@ -94,6 +95,8 @@ def listed_method(
                     "each name, so give both the same."
                 )
         defaults |= new
+    if any(one.replaces_statistics for one in made):
+        made = _without_auxiliary(made, defaults, hyper)
     kinds = [one.perturbation if isinstance(one, Given) else one for one in made]
     for kind in kinds:
         if sum(kind is other for other in kinds) > 1:
@@ -103,6 +106,19 @@ def listed_method(
         raise ApartError("the list has no perturbation; name some, or use the method 'standard' for plain steps.")
     names = "+".join(one if isinstance(one, str) else type(one).__name__ for one in wanted)
     return names, Method(f"{names} at once", tuple(made), keeps_clean_gradient, defaults)
+
+
+def _without_auxiliary(made: list[Any], defaults: dict[str, Any], hyper: Iterable[str]) -> list[Any]:
+    """Leave out auxiliary BN beside groups that are normalised by statistics of their own, as in apart-advprop."""
+    left_out = [one for one in made if one.shareable]
+    for key in {key for one in left_out for key in one.defaults}:
+        del defaults[key]
+        if key in hyper:
+            raise ApartError(
+                f"{key}= is given for auxiliary BN, which a list has not where groups are normalised apart (apart, "
+                f"random-bn, ghost-bn); leave {key} out."
+            )
+    return [one for one in made if not one.shareable]
 
 
 def _checked(one: Any, model: nn.Module) -> Perturbation:

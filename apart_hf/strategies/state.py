@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from apart_hf.errors import ApartError
-from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of
+from apart_hf.errors import ApartError, written
+from apart_hf.strategies.auxiliary_batchnorm import auxiliary_of, share_parameters
 from apart_hf.strategies.fitting import whole_size
 from apart_hf.strategies.hyper_parameters import Uneven
 from apart_hf.strategies.making import made_combination, made_perturbations, take_over
@@ -38,13 +38,13 @@ class StrategyState:
         generator: torch.Generator | None = None,
         every: int = 1,
         uneven: Uneven = "error",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ApartError(
-                f"generator={generator!r} is of type {type(generator).__name__}; pass a torch.Generator, for instance "
-                "torch.Generator().manual_seed(0)."
+                f"generator={written(generator)} is of type {type(generator).__name__}; pass a torch.Generator, for "
+                "instance torch.Generator().manual_seed(0)."
             )
         self.name, self.method, self.model, self.generator = name, method, model, generator
         hyper, every = python_numbers(hyper), python_number(every)
@@ -196,6 +196,8 @@ class StrategyState:
     def take_over(self, other: StrategyState) -> None:
         """Go on from where another strategy is, which was made with the same values, for another form of its model.
 
+        Auxiliary gamma and beta become the very parameters of the other, which an optimizer may have.
+
         Args:
             other: of the same method.
 
@@ -214,6 +216,7 @@ class StrategyState:
             sam(rho=0.3)
         """
         self._load(other.state_dict())
+        share_parameters(other.perturbations, self.perturbations)
 
     def _load(self, state: dict[str, Any]) -> None:
         check_state(self.name, self.hyper, self.generator is not None, state)
@@ -236,11 +239,12 @@ class StrategyState:
         """Check what no perturbation does."""
         ratio = hyper.get("ratio", 1.0)
         if not (isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio <= 1):
-            raise ApartError(f"ratio={ratio!r}: N/M, the share of the batch in the second pass, is in (0, 1].")
+            raise ApartError(f"ratio={written(ratio)}: N/M, the share of the batch in the second pass, is in (0, 1].")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ApartError(f"every={every!r}: the second pass is made in each so-manieth step, an integer >= 1.")
+            text = written(every)
+            raise ApartError(f"every={text}: the second pass is made in each so-manieth step, an integer >= 1.")
         if uneven not in ("error", "plain", "fit"):
-            raise ApartError(f"uneven={uneven!r}: choose 'error', 'plain' or 'fit'.")
+            raise ApartError(f"uneven={written(uneven)}: choose 'error', 'plain' or 'fit'.")
 
     def _change(self, hyper: dict[str, Any], changed: frozenset[str]) -> None:
         """Change what has a hyper-parameter that changed, and nothing else: a schedule calls this in each step."""

@@ -61,8 +61,8 @@ class TwoPassStrategy(Algorithm):
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         every: int = 1,
         uneven: Uneven = "error",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         check_helpers(accelerator, autocast)
         kept: dict[str, Any] = {"every": every, "uneven": uneven, "mean": mean, "std": std}

@@ -89,8 +89,8 @@ class TwoPassLoss(Generic[Batch, Result]):
         every: int,
         uneven: Uneven,
         hyper: dict[str, Any],
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ):
         check_elsewhere(hyper)
         _, method = chosen_method(name, model, hyper, keeps_clean_gradient)

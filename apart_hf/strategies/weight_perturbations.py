@@ -36,7 +36,7 @@ class Weights(Perturbation):
     def __init__(self, model: nn.Module, *, rho: float, global_norm: bool):
         self.model, self.global_norm = model, checked_option("global_norm", global_norm)
         self.rho = checked_radius("rho", rho, "the paper uses 0.05 to 0.2")
-        self._moving: list[Tensor] = []
+        self._moving: list[nn.Parameter] = []
         self._steps: list[Tensor] = []
 
     def _moved(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -77,7 +77,16 @@ class Weights(Perturbation):
         else:
             flat.mul_(scale)
         flat.masked_fill_(~(norms < torch.inf).all(), 0.0)
-        self._moving, self._steps = parameters, steps
+        self._moving, self._steps = list(moved.values()), steps
+
+    def move_too(self, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Take the step of a parameter in what stands in its place in the pass that comes, too: an auxiliary gamma."""
+        steps = [(stand_ins[p], step) for p, step in zip(self._moving, self._steps) if p in stand_ins]
+        self._moving = [*self._moving, *(own for own, _ in steps)]
+        self._steps = [*self._steps, *(step for _, step in steps)]
+
+    def release(self) -> None:
+        self._moving, self._steps = [], []
 
     @contextmanager
     def applied(self, samples: int) -> Iterator[None]:

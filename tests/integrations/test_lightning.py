@@ -27,7 +27,7 @@ from torchmetrics import Accuracy, MeanMetric, MetricCollection, Precision
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.lightning import Apart
 from tests.support.helpers import assert_same, build, snapshot
-from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, sgd
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, hyper_on_ranks, sgd
 from tests.support.processes import ranks_environment
 from tests.support.ranks import RANKS, on_two_ranks
 
@@ -128,8 +128,50 @@ def test_images_are_moved():
     losses = by_strategy(plain, "advprop", parts, own_loss(plain), **ADVPROP, **SCALE)
     assert module.said == losses
     assert_same(module.net.state_dict(), plain.state_dict(), tolerance=0)
-    with pytest.raises(ApartError, match="aux_affine=True is not taken here"):
-        Apart("advprop", aux_affine=True)
+
+
+class Scheduled(Module):
+    """Has a scheduler, and normalisation layers in a group of their own."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(by_groups(self.net), lr=0.05, momentum=0.9)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+
+def by_groups(net, own=()):
+    """SGD's groups: weights of convolutions and the head; then gamma, beta and what is `own`, with a rate of theirs."""
+    norms = [p for name, p in net.named_parameters() if "bn" in name]
+    others = [p for name, p in net.named_parameters() if "bn" not in name]
+    return [{"params": others, "weight_decay": 0.01}, {"params": [*norms, *own], "lr": 0.2}]
+
+
+def auxiliary(strategy):
+    return {f"own {name.removeprefix('net.')}": t for name, t in strategy.state_dict()["auxiliary"].items()}
+
+
+@pytest.mark.parametrize("method", ["advprop", "fast-advprop", "advbn"])
+def test_an_auxiliary_gamma_and_beta_are_trained(method):
+    """By the rate of the model's own, and its schedule; a run that goes on in another process is the same."""
+    hyper = {"advprop": {**ADVPROP, **SCALE}, "fast-advprop": SCALE, "advbn": {"layer": "conv1", "steps": 2}}[method]
+    hyper, parts, plain = hyper | {"aux_affine": True}, batches(8, 8, 8), build("small", dtype=torch.float32)
+    strategy = create_strategy(method, plain, **hyper)
+    optimizer = torch.optim.SGD(by_groups(plain, strategy.parameters()), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for number, part in enumerate(parts):
+        torch.manual_seed(number)
+        strategy.accumulate(part, own_loss(plain))
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    want = plain.state_dict() | auxiliary(strategy)
+    begins = create_strategy(method, build("small", dtype=torch.float32), **hyper)
+    assert not torch.equal(want["own bn1.weight"], auxiliary(begins)["own bn1.weight"])
+
+    module = Scheduled()
+    apart = Apart(method, **hyper | ({"layer": "net.conv1"} if method == "advbn" else {}))
+    trainer = fit(module, parts, apart)
+    assert_same(module.net.state_dict() | auxiliary(apart.strategy), want, tolerance=0)
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [4, 8]
 
 
 @pytest.mark.parametrize("accumulated", [2, 3])
@@ -388,6 +430,20 @@ def test_lightning_s_checkpoints_keep_the_state(method, kept, own_generator, tmp
     assert_same(again.state_dict(), whole.state_dict(), tolerance=0)
 
 
+def test_an_auxiliary_gamma_and_beta_go_on_from_a_checkpoint(tmp_path):
+    """Their values, and what the optimizer keeps of them, as of the model's; a second fit goes on, too."""
+    hyper, parts = {**ADVPROP, **SCALE, "aux_affine": True}, batches(*[8] * 4)
+    whole, apart, second, other = Scheduled(), Apart("advprop", **hyper), Scheduled(), Apart("advprop", **hyper)
+    fit(whole, parts, apart, saving(tmp_path, 2), enable_checkpointing=True, resumable=True)
+    fit(second, parts, other, path=tmp_path / "step=2.ckpt", resumable=True)
+    found = [module.net.state_dict() | auxiliary(one.strategy) for module, one in ((second, other), (whole, apart))]
+    assert_same(*found, tolerance=0)
+    before = [p.detach().clone() for p in other.strategy.parameters()]
+    trainer = fit(second, parts, other)
+    assert not any(torch.equal(a, b) for a, b in zip(before, other.strategy.parameters()))
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [4, 8]
+
+
 def test_resuming_with_other_values_is_said_once(tmp_path, caplog):
     """In one line; what the run itself had set goes on without one, and so does a second fit."""
     parts, path = batches(8, 8), tmp_path / "kept.ckpt"
@@ -449,10 +505,10 @@ def on_rank(rank, folder, environments):
     os.environ.update(environments[rank] | {"NODE_RANK": "0"})
     torch.set_num_threads(1)
     found = {}
-    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2)):
+    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2), ("advprop", 1)):
         dtype = torch.float32 if accumulated == 1 else torch.float64
         parts, module, plain = batches(8, 8, 8, 8, dtype=dtype)[rank::2], Module(dtype), build("small", dtype=dtype)
-        hyper = hyper_of(method, 0.5 if HYPER[method] else 1)
+        hyper = hyper_on_ranks(method) | (SCALE if method == "advprop" else {})
         more = {
             "devices": 2,
             "strategy": ddp_of_gloo(),

@@ -23,10 +23,11 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from apart_hf import ApartError, create_strategy
+from apart_hf import METHODS, ApartError, create_strategy
 from apart_hf.integrations.transformers import ApartMixin, ApartTrainer, ApartTrainingArguments
+from apart_hf.integrations.transformers_arguments import method_options
 from tests.support.helpers import assert_same, build, randomise_batchnorm, snapshot
-from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, sgd
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, batches, by_strategy, hyper_of, hyper_on_ranks, sgd
 from tests.support.processes import ranks_environment
 from tests.support.ranks import RANKS, on_two_ranks
 
@@ -138,6 +139,74 @@ def test_images_are_moved(arguments):
     trainer = trained(OurTrainer, model, arguments("advprop", **mine), parts)
     assert trainer.losses == by_strategy(plain, "advprop", parts, own_loss(plain), **ADVPROP, **SCALE)
     assert_same(model.state_dict(), plain.state_dict(), tolerance=0)
+
+
+AUXILIARY = {
+    "advprop": {**ADVPROP, "aux_affine": True, "random_start": True},
+    "fast-advprop": {"aux_affine": True},
+    "advbn": {"layer": "net.conv1", "steps": 2, "aux_affine": True},
+}
+
+
+def normalised(dtype=torch.float32):
+    model = Keywords(dtype)
+    model.net.pretrained_cfg = SCALE
+    return model
+
+
+def auxiliary(strategy):
+    return {f"own {name}": tensor for name, tensor in strategy.state_dict()["auxiliary"].items()}
+
+
+@pytest.mark.parametrize("made_by", ["us", "the trainer"])
+@pytest.mark.parametrize("method", AUXILIARY)
+def test_an_auxiliary_gamma_and_beta_are_trained(method, made_by, arguments):
+    """By an optimizer that is given, and by the trainer's own, whose groups stay as many."""
+    parts, model, plain, hyper = batches(8, 8, 8), normalised(), normalised(), AUXILIARY[method]
+    mine = {f"apart_{key}": value for key, value in hyper.items()}
+    args = arguments(method, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", **mine)
+    if made_by == "us":
+        trainer = made(OurTrainer, model, args, parts)
+    else:
+        trainer = OurTrainer(model, args, train_dataset=rows(parts))
+    trainer.train()
+    strategy = create_strategy(method, plain, **hyper)
+    begins = auxiliary(strategy)
+    momentum = 0.9 if made_by == "us" else 0.0
+    optimizer = torch.optim.SGD([*plain.parameters(), *strategy.parameters()], lr=0.05, momentum=momentum)
+    for number, part in enumerate(parts):
+        torch.manual_seed(number)
+        strategy.accumulate(part, own_loss(plain))
+        optimizer.step()
+        optimizer.zero_grad()
+    want = plain.state_dict() | auxiliary(strategy)
+    assert_same(model.state_dict() | auxiliary(trainer.strategy), want, tolerance=0)
+    assert not any(
+        torch.equal(want[f"own net.bn1.{kind}"], begins[f"own net.bn1.{kind}"]) for kind in ("weight", "bias")
+    )
+    counts = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    assert sum(counts) == len(list(plain.parameters())) + 4 and len(counts) == (1 if made_by == "us" else 2)
+
+
+@pytest.mark.parametrize("restores_callbacks", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("method", AUXILIARY)
+def test_checkpoints_keep_auxiliary_batchnorm(method, affine, restores_callbacks, arguments, tmp_path):
+    """Bit for bit, in JSON; a second call of `train` goes on with the optimizer's parameters."""
+    parts = batches(*[8] * 4)
+    mine = {f"apart_{key}": value for key, value in (AUXILIARY[method] | {"aux_affine": affine}).items()}
+    more = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": restores_callbacks}
+    args, whole, again = arguments(method, **more, **mine), normalised(), normalised()
+    first = trained(ApartTrainer, whole, args, parts)
+    trainer = made(ApartTrainer, again, args, parts)
+    for _ in range(2):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+        want = whole.state_dict() | auxiliary(first.strategy)
+        assert_same(again.state_dict() | auxiliary(trainer.strategy), want, tolerance=0)
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    own = list(trainer.strategy.parameters())
+    assert len(own) == 4 * affine and all(any(p is one for one in held) for p in own)
+    assert len(held) == len(list(again.parameters())) + len(own)
 
 
 @pytest.mark.parametrize("accumulated", [2, 3])
@@ -424,20 +493,18 @@ def on_rank(rank, folder, environments):
     os.environ.update(environments[rank])
     torch.set_num_threads(1)
     found = {}
-    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2)):
-        ratio = 0.5 if HYPER[method] else 1
+    for method, accumulated in (("standard", 1), ("apart", 1), ("apart-sam", 1), ("apart-sam", 2), ("advprop", 1)):
         dtype = torch.float32 if accumulated == 1 else torch.float64
-        parts, model = batches(8, 8, 8, 8, dtype=dtype), Keywords(dtype)
-        mine = {f"apart_{key}": value for key, value in hyper_of(method, ratio).items()} | {"apart_method": method}
+        parts, model = batches(8, 8, 8, 8, dtype=dtype), normalised(dtype)
+        hyper = hyper_on_ranks(method)
+        mine = {f"apart_{key}": value for key, value in hyper.items()} | {"apart_method": method}
         args = ApartTrainingArguments(str(folder), **COMMON | mine, gradient_accumulation_steps=accumulated)
         trainer = trained(OurTrainer, model, args, parts)
         assert args.parallel_mode.value == "distributed" and args.world_size == 2
-        plain = Keywords(dtype)
+        plain = normalised(dtype)
         wrapped = torch.nn.parallel.DistributedDataParallel(plain)
         own = parts[rank::2]
-        losses = by_strategy(
-            wrapped, method, own, own_loss(wrapped), accumulated=accumulated, **hyper_of(method, ratio)
-        )
+        losses = by_strategy(wrapped, method, own, own_loss(wrapped), accumulated=accumulated, **hyper)
         found[method, accumulated] = trainer.losses, losses, model.state_dict(), plain.state_dict()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -481,6 +548,22 @@ def test_arguments_are_flags(capsys):
     assert "argument --apart_method/--apart-method: invalid choice: 'aprat'" in said and "'apart-sam'" in said
     again = parser.parse_dict(args.to_dict() | {"output_dir": "output"})[0]
     assert again.apart_rho == 0.3
+
+
+OPTIONS = [(method, key) for method, one in METHODS.items() for key, v in one.hyper_parameters().items() if v is False]
+
+
+@pytest.mark.parametrize("method, option", OPTIONS)
+def test_every_option_is_a_flag_that_is_off(method, option):
+    """And every number is one; an option that a method lacks is refused only where it is on."""
+    fields = ApartTrainingArguments.__dataclass_fields__
+    assert all(f"apart_{key}" in fields for key in METHODS[method].hyper_parameters())
+    parser = HfArgumentParser(ApartTrainingArguments)
+    flags = ["--output_dir", "output", "--apart_method", method]
+    (off,), (on,) = (parser.parse_args_into_dataclasses(flags + more) for more in ([], [f"--apart_{option}"]))
+    assert option not in method_options(off) and method_options(on)[option] is True
+    with pytest.raises(ApartError, match=f"method 'standard' has no hyper-parameter '{option}'"):
+        parser.parse_args_into_dataclasses([*flags[:-1], "standard", f"--apart_{option}"])
 
 
 def test_bad_input(arguments):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -121,3 +122,33 @@ def test_the_suggested_ratio_is_accepted(size):
 
 def test_strategies_are_listed():
     assert {"standard", "apart", "sam", "apart-sam"} <= set(list_strategies())
+
+
+LARGE = torch.ones(3, 4)
+MISPLACED = [
+    ("apart", {"epsilon": LARGE}),
+    ("apart", {"groups": LARGE}),
+    ("apart", {"ratio": LARGE}),
+    ("apart", {"local_attack": LARGE}),
+    ("apart", {"generator": LARGE}),
+    ("apart", {"accelerator": torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())}),
+    ("apart", {"autocast": np.ones((3, 4))}),
+    ("apart", {"every": LARGE}),
+    ("sam", {"rho": LARGE}),
+    ("awp", {"gamma": LARGE}),
+    ("gsam", {"alpha": LARGE}),
+    ("asam", {"eta": LARGE}),
+    ("advbn", {"layer": LARGE}),
+    ("advbn", {"step_size": LARGE}),
+    ("advprop", {"pixel_epsilon": LARGE, "mean": 0.5, "std": 0.5}),
+    ("advprop", {"steps": LARGE, "mean": 0.5, "std": 0.5}),
+    ("advprop", {"mean": LARGE[None], "std": 0.5}),
+    ("advprop", {"std": np.ones((3, 4)), "mean": 0.5}),
+]
+
+
+@pytest.mark.parametrize("method, given", MISPLACED, ids=lambda one: one if isinstance(one, str) else next(iter(one)))
+def test_values_of_many_lines_are_refused_in_one(method, given):
+    with pytest.raises(ApartError, match=next(iter(given))) as caught:
+        create_strategy(method, build("test_resnet"), **given)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

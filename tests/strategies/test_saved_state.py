@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from apart_hf import METHODS, ApartError, create_loss, create_strategy
-from tests.support.helpers import build
+from tests.support.helpers import batch, build
+from tests.support.oracle import FAMILY
 
 
 def make(way, method, **hyper):
@@ -100,3 +101,29 @@ def test_states_of_earlier_versions_say_what_was_in_use(caplog):
         {"generator": generator.get_state()}
     )
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("method", ["advprop", "fast-advprop", "advbn"])
+def test_a_loss_of_the_model_in_another_form_trains_the_same_parameters(method):
+    """Those that an optimizer was given; running statistics and values go on, too."""
+
+    def loss_fn(model, part):
+        return cross_entropy(model(part[0]), part[1])
+
+    model, data = build("small", dtype=torch.float32), batch(8, 12, dtype=torch.float32)
+    one = create_loss(method, model, loss_fn, **FAMILY[method])
+    optimizer = torch.optim.SGD([*model.parameters(), *one.strategy.parameters()], lr=0.1)
+    one(data).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in one.strategy.parameters()]
+    other = create_loss(method, torch.compile(model, backend="eager"), loss_fn, **FAMILY[method])
+    other.go_on_from(one)
+    own = list(other.strategy.parameters())
+    assert own and all(a is b for a, b in zip(own, one.strategy.parameters()))
+    for a, b in zip(other.strategy.buffers(), one.strategy.buffers()):
+        assert torch.equal(a, b)
+    other(data).backward()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(own, before))
+    torch._dynamo.reset()

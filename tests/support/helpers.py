@@ -129,14 +129,6 @@ def slim_wide_resnet16(num_classes=5):
     return PreActResNet((16, 32, 64), blocks=2, stem_width=8, num_classes=num_classes)
 
 
-OWN = {
-    "bn1d": BatchNorm1dNet,
-    "small": SmallNet,
-    "slim_resnet18": slim_resnet18,
-    "slim_wide_resnet16": slim_wide_resnet16,
-}
-
-
 class Tokens(nn.Module):
     """BN1d over the tokens of all samples, as in LeViT: dim 0 is samples x rows."""
 
@@ -147,6 +139,15 @@ class Tokens(nn.Module):
     def forward(self, x):
         tokens = self.embed(x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
         return self.fc(self.bn(tokens).square().view(len(x), -1, 6).mean(1))
+
+
+OWN = {
+    "bn1d": BatchNorm1dNet,
+    "small": SmallNet,
+    "slim_resnet18": slim_resnet18,
+    "slim_wide_resnet16": slim_wide_resnet16,
+    "tokens": lambda num_classes: Tokens(),
+}
 
 
 def build(name, *, num_classes=5, dtype=torch.float64, seed=0, **kwargs):
@@ -170,20 +171,28 @@ def assert_same(actual, expected, tolerance=1e-10):
 
     Returns the largest difference by that measure.
     """
+    worst = 0.0
+    for name, error, measure in _differences(actual, expected):
+        assert error <= tolerance * measure, f"{name}: error {error:.3g}, bound {tolerance * measure:.3g}"
+        worst = max(worst, error / measure if measure else 0.0)
+    return worst
+
+
+def difference(actual, expected):
+    """The largest difference, by the measure of `assert_same`."""
+    return max(error / measure for _, error, measure in _differences(actual, expected) if measure)
+
+
+def _differences(actual, expected):
     assert actual.keys() == expected.keys()
     top = max(float(t.abs().max()) for t in expected.values() if t is not None and t.numel())
-    worst = 0.0
     for name, want in expected.items():
         got = actual[name]
         if want is None:
             assert got is None or not got.any(), name
             continue
         scale = float(want.abs().max())
-        error = float((got - want).abs().max())
-        measure = scale if scale > 1e-12 * top else top
-        assert error <= tolerance * measure, f"{name}: error {error:.3g}, bound {tolerance * measure:.3g}"
-        worst = max(worst, error / measure if measure else 0.0)
-    return worst
+        yield name, float((got - want).abs().max()), scale if scale > 1e-12 * top else top
 
 
 def snapshot(model):

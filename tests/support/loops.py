@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from apart_hf import create_strategy
 from tests.support.helpers import batch
@@ -26,14 +27,21 @@ def hyper_of(method, ratio):
     return HYPER.get(method, {}) | ({} if ratio == 1 else {"ratio": ratio})
 
 
+def hyper_on_ranks(method):
+    """Of the methods that are compared in two processes."""
+    if method == "advprop":
+        return {**ADVPROP, "aux_affine": True}
+    return hyper_of(method, 0.5 if HYPER[method] else 1)
+
+
 def batches(*sizes, dtype=torch.float32):
     """Batches of 16 pixels as models of transformers take them."""
     parts = [batch(size, 16, seed=k, dtype=dtype) for k, size in enumerate(sizes)]
     return [{"pixel_values": x, "labels": y} for x, y in parts]
 
 
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def sgd(model, own=()):
+    return torch.optim.SGD([*model.parameters(), *own], lr=0.05, momentum=0.9)
 
 
 def divided(loss, count):
@@ -47,7 +55,7 @@ def by_strategy(model, method, parts, loss_fn, *, bfloat16=False, accumulated=1,
     """
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
     strategy = create_strategy(method, model, autocast=autocast, **options)
-    optimizer, losses = sgd(model), []
+    optimizer, losses = sgd(model, strategy.parameters()), []
     for start in range(0, len(parts), accumulated):
         step = parts[start : start + accumulated]
         for number, part in enumerate(step, start):
@@ -59,3 +67,9 @@ def by_strategy(model, method, parts, loss_fn, *, bfloat16=False, accumulated=1,
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def loss_and_output(model, part):
+    """The loss function of tests of `create_loss`, with an auxiliary output."""
+    output = model(part["x"])
+    return cross_entropy(output, part["y"]), output

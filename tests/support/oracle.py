@@ -31,6 +31,15 @@ PIXELS = {
 }
 SCALE = {"mean": [0.5, 0.4, 0.6], "std": [0.3, 0.25, 0.2]}
 
+# in a model "small", with auxiliary gamma and beta where a method has any
+FAMILY = {
+    **HYPER,
+    **{method: {**hyper, **SCALE} for method, hyper in PIXELS.items()},
+    "advbn": {"layer": "conv1", "steps": 3, "aux_affine": True},
+}
+for _method in ("advprop", "fast-advprop"):
+    FAMILY[_method] = {**FAMILY[_method], "aux_affine": True}
+
 
 def step(model, images, targets, method, hyper, criterion=cross_entropy, generator=None):
     strategy = create_strategy(method, model, generator=generator, **hyper)
