@@ -30,11 +30,9 @@ def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, how: Normalisation, needs_grad_x: bool
 ) -> Gradients:
     """Compute as `kernels.backward` does."""
-    if has_runs(x, how.grouping):
+    is_cut = how.grouping.groups == 1 and channels_innermost(x) and is_single_dtype(x)
+    if is_cut or has_runs(x, how.grouping):
         return _of_runs(x).backward(grad_out, x, weight, saved, how, needs_grad_x)
-    if how.grouping.groups == 1 and channels_innermost(x) and is_single_dtype(x):
-        one_group = runs_of_samples.backward_of_one_group if is_real(x) else composed.backward
-        return one_group(grad_out, x, weight, saved, how, needs_grad_x)
     return framework.backward(grad_out, x, weight, saved, how, needs_grad_x)
 
 

@@ -5,6 +5,9 @@ A run is a group, or a part of the one group that stays in a cache while it is r
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from apart_hf.batchnorm.layouts import Layout
 from apart_hf.batchnorm.normalised import Gradients, Normalisation, Normalised, Statistics, is_single_dtype
 
 PARTS = 16  # runs that one group is cut into
+_kernel = torch.ops.aten.native_batch_norm_backward
 
 
 def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
@@ -37,49 +41,58 @@ def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
 def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, how: Normalisation, needs_grad_x: bool
 ) -> Gradients:
-    """Compute as `kernels.backward` does."""
+    """Compute as `kernels.backward` does; one group only of float32 or float64."""
+    if is_single_dtype(x):
+        return _sums_first(grad_out, x, weight, saved, how, needs_grad_x)
     grad_x = torch.empty_like(x) if needs_grad_x else None
     found = []
     runs = (tensor.chunk(how.grouping.groups) for tensor in (grad_out, x, weight, saved.mu, saved.inv_sigma))
     for k, (g, run, weights, mu, inv_sigma) in enumerate(zip(*runs)):
-        of_run, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            g, run, weights, None, None, mu, inv_sigma, True, how.eps, [needs_grad_x, True, True]
-        )
+        of_run, *sums = _kernel(g, run, weights, None, None, mu, inv_sigma, True, how.eps, [needs_grad_x, True, True])
         if grad_x is not None:
             grad_x.narrow(0, k * len(run), len(run)).copy_(of_run)
-        found.append((grad_weight, grad_bias))
-    grad_weights, grad_biases = zip(*found)
-    return Gradients(grad_x, torch.cat(grad_weights), torch.cat(grad_biases))
+        found.append(sums)
+    grad_weight, grad_bias = map(torch.cat, zip(*found))
+    return Gradients(grad_x, grad_weight, grad_bias)
 
 
-def backward_of_one_group(
+def _sums_first(
     grad_out: Tensor, x: Tensor, weight: Tensor, saved: Statistics, how: Normalisation, needs_grad_x: bool
 ) -> Gradients:
-    """Compute as `kernels.backward` does, for one group of float32 or float64.
+    """Compute the sums over each run, and then the gradient for x in its place.
 
     The framework's kernel adds up a channel naively where channels lie innermost, which would lift the noise around
-    structural zeros of g_delta (see `strategies.bn_perturbations.DEAD_ZONE`) by a factor of 2 to 4. So it adds up each
-    run, and the sums of all are added here.
+    structural zeros of g_delta (see `strategies.bn_perturbations.DEAD_ZONE`) by a factor of 2 to 4. So one group is cut
+    into runs as well, and their sums are added.
     """
-    mu, inv_sigma, *_ = saved
-    runs = list(zip(grad_out.chunk(PARTS), x.chunk(PARTS)))
+    groups, (mu, inv_sigma, *_) = how.grouping.groups, saved
+    number = groups if groups > 1 else PARTS
+    gs, xs = grad_out.chunk(number), x.chunk(number)
+
+    def of_runs(vector: Tensor) -> Iterable[Tensor]:
+        return vector.chunk(groups) if groups > 1 else repeat(vector)
+
     found = (
-        torch.ops.aten.native_batch_norm_backward(
-            g, run, weight, None, None, mu, inv_sigma, True, how.eps, [False, True, True]
-        )
-        for g, run in runs
+        _kernel(g, run, weights, None, None, mus, inv_sigmas, True, how.eps, [False, True, True])
+        for g, run, weights, mus, inv_sigmas in zip(gs, xs, of_runs(weight), of_runs(mu), of_runs(inv_sigma))
     )
     _, *sums = zip(*found)
-    grad_weight, grad_bias = (torch.stack(of_runs).sum(0) for of_runs in sums)
+    grad_weight, grad_bias = map(torch.cat if groups > 1 else _added, sums)
     if not needs_grad_x:
         return Gradients(None, grad_weight, grad_bias)
     # weight/sigma * (g - grad_bias / count - (v - mu)/sigma * grad_weight / count), sorted by what it multiplies
     scale, share = weight * inv_sigma, mu.numel() / x.numel()
-    of_v = -scale * inv_sigma * grad_weight * share
-    rest = -scale * grad_bias * share - of_v * mu
-    zero, one, nothing = torch.zeros_like(mu), torch.ones_like(mu), mu.new_empty(0)
+    of_x = -scale * inv_sigma * grad_weight * share
+    rest = -scale * grad_bias * share - of_x * mu
     grad_x = torch.empty_like(x)
-    for (g, run), to in zip(runs, grad_x.chunk(PARTS)):
-        torch.native_batch_norm(run, of_v, rest, zero, one, False, 0.0, 0.0, out=(to, nothing, nothing))
-        to.movedim(1, -1).addcmul_(g.movedim(1, -1), scale)
+    zero, one, nothing = mu.new_zeros(x.shape[1]), mu.new_ones(x.shape[1]), mu.new_empty(0)
+    inner_g, inner = (tensor.movedim(1, -1).chunk(number) for tensor in (grad_out, grad_x))
+    places = zip(inner_g, xs, grad_x.chunk(number), inner, of_runs(of_x), of_runs(rest), of_runs(scale))
+    for g, run, to, to_inner, of_run, rests, scales in places:
+        torch.native_batch_norm(run, of_run, rests, zero, one, False, 0.0, 0.0, out=(to, nothing, nothing))
+        to_inner.addcmul_(g, scales)
     return Gradients(grad_x, grad_weight, grad_bias)
+
+
+def _added(of_runs: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(of_runs)).sum(0)
