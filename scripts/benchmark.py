@@ -57,7 +57,8 @@ def parse(prog: str) -> argparse.Namespace:
         type=several(str),
         default=["standard", "apart"],
         metavar="NAME,...",
-        help=f"the first is the measure [standard,apart]: {', '.join(list_strategies())}",
+        help="the first is the measure [standard,apart]; NAME:KEY=VALUE sets a hyper-parameter, as in advprop:steps=1: "
+        f"{', '.join(list_strategies())}",
     )
     parser.add_argument("--repeats", type=at_least(1), default=15, metavar="N", help="rounds, after two others [15]")
     parser.add_argument("--channels-last", action="store_true")

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from apart_hf.batchnorm import use_kernels
 from apart_hf.batchnorm.kernels import KernelSet
 from apart_hf.errors import ApartError, first_line, unknown_name
+from apart_hf.paper.method_settings import parse_method
 from apart_hf.strategies.create import create_strategy
 from apart_hf.strategies.hyper_parameters import MethodName
-from apart_hf.strategies.methods import METHODS, check_hyper_parameters
+from apart_hf.strategies.methods import METHODS
 from apart_hf.training.cuda_graph import CudaRecorder, Recorder, recorded
 from apart_hf.training.on_device import UpdateOnDevice
 from apart_hf.utils.operation_counts import OperationCounts
@@ -63,7 +64,7 @@ class Contender:
 
     Args:
         case: of the steps.
-        method: its name.
+        method: its name, or its name with hyper-parameters (see `method_settings`).
 
     Attributes:
         seconds, faults: of each timed step, and its minor page faults.
@@ -75,7 +76,7 @@ class Contender:
     def __init__(self, case: StepCase, method: str):
         torch.manual_seed(0)
         self.case, self.method = case, method
-        check_hyper_parameters(method, ())
+        self._name, self._hyper = parse_method(method)
         if not timm.is_model(case.model):
             raise unknown_name("model", case.model, timm.list_models())
         layout = torch.channels_last if case.channels_last else torch.contiguous_format
@@ -104,9 +105,10 @@ class Contender:
         dtype = getattr(torch, self.case.amp_dtype)
         device = self.device.type
         autocast = None if dtype is torch.float32 else (lambda: torch.autocast(device, dtype))
-        known = METHODS[self.method].hyper_parameters()
-        hyper: dict[str, Any] = {"groups": self.case.groups} if "groups" in known else {}
-        return create_strategy(cast(MethodName, self.method), model, autocast=autocast, **hyper)
+        hyper = dict(self._hyper)
+        if "groups" in METHODS[self._name].hyper_parameters():
+            hyper.setdefault("groups", self.case.groups)
+        return create_strategy(cast(MethodName, self._name), model, autocast=autocast, **hyper)
 
     def gradients(self) -> None:
         """Fill p.grad once, without the optimizer."""

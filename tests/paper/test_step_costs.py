@@ -73,10 +73,21 @@ def test_the_batch_is_in_the_layout_of_the_weights():
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
+def test_a_hyper_parameter_is_set_behind_a_method_s_name():
+    case = StepCase("test_resnet", 8, 32, 2)
+    one, several, more = make_contenders(case, ["advprop:steps=1", "advprop:steps=3", "apart:groups=4:epsilon=0.2"])
+    assert [contender.strategy.perturbations[0].steps for contender in (one, several)] == [1, 3]
+    assert [(p.groups, p.epsilon) for p in more.strategy.perturbations] == [(4, 0.2)]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--methods", "standard,apert"], "unknown method 'apert': did you mean 'apart'"),
+        (["--methods", "standard,advprop:step=1"], "method 'advprop' has no hyper-parameter 'step'"),
+        (["--methods", "standard,advprop:steps"], "--methods advprop:steps: 'steps' has no value"),
+        (["--methods", "advprop:steps=1:steps=2"], "'steps' comes twice"),
+        (["--methods", "standard,advprop:steps=one"], "steps='one': the number of steps"),
         (["--methods", "apart,standard,apart"], "--methods apart,standard,apart: apart is named twice"),
         (["--model", "test_resnat"], "unknown model 'test_resnat': did you mean"),
         (["--model", "vit_tiny_patch16_224", "--img-size", "224"], "has no BatchNorm"),
