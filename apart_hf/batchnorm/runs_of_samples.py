@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from apart_hf.batchnorm.affine import Affine
-from apart_hf.batchnorm.composed import scaled
-from apart_hf.batchnorm.layouts import Layout
 from apart_hf.batchnorm.normalised import Gradients, Normalisation, Normalised, Statistics, is_single_dtype
+from apart_hf.batchnorm.wide_rows import WideRows
 
 PARTS = 16  # runs that one group is cut into
 _kernel = torch.ops.aten.native_batch_norm_backward
@@ -29,13 +28,24 @@ def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
     mu, var = (torch.cat(parts) for parts in found)
     statistics = Statistics.of(mu, var, how.eps)
     if is_single_dtype(x):
-        return Normalised(scaled(x, Layout(x, how.grouping), affine, statistics, shifted=True), statistics)
+        return Normalised(_scaled(x, affine, statistics, groups), statistics)
     bias, nothing = torch.addcmul(affine.bias, affine.shift, statistics.mu_over_sigma()), mu.new_empty(0)
     out = torch.empty_like(x)
     runs = (tensor.chunk(groups) for tensor in (x, out, affine.weight, bias, mu, var))
     for run, to, weights, biases, mean, variance in zip(*runs):
         torch.native_batch_norm(run, weights, biases, mean, variance, False, 0.0, how.eps, out=(to, nothing, nothing))
     return Normalised(out, statistics)
+
+
+def _scaled(x: Tensor, affine: Affine, statistics: Statistics, groups: int) -> Tensor:
+    """Compute weight * (x - mu) / sigma + bias + shift * mu/sigma in one operation on activations."""
+    weight, bias, shift = affine
+    rest = torch.addcmul(bias, shift - weight, statistics.mu_over_sigma())
+    wide, out = WideRows(x, groups), torch.empty_like(x)
+    offset, scale = (wide.vector(vector).unsqueeze(1) for vector in (rest, weight * statistics.inv_sigma))
+    v, to = (wide.view(tensor).unflatten(0, (groups, -1)).flatten(1, 2) for tensor in (x, out))
+    torch.addcmul(offset, v, scale, out=to)
+    return out
 
 
 def backward(
@@ -84,13 +94,11 @@ def _sums_first(
     scale, share = weight * inv_sigma, mu.numel() / x.numel()
     of_x = -scale * inv_sigma * grad_weight * share
     rest = -scale * grad_bias * share - of_x * mu
-    grad_x = torch.empty_like(x)
-    zero, one, nothing = mu.new_zeros(x.shape[1]), mu.new_ones(x.shape[1]), mu.new_empty(0)
-    inner_g, inner = (tensor.movedim(1, -1).chunk(number) for tensor in (grad_out, grad_x))
-    places = zip(inner_g, xs, grad_x.chunk(number), inner, of_runs(of_x), of_runs(rest), of_runs(scale))
-    for g, run, to, to_inner, of_run, rests, scales in places:
-        torch.native_batch_norm(run, of_run, rests, zero, one, False, 0.0, 0.0, out=(to, nothing, nothing))
-        to_inner.addcmul_(g, scales)
+    grad_x, wide = torch.empty_like(x), WideRows(x, groups)
+    views = (wide.view(tensor).chunk(number) for tensor in (x, grad_out, grad_x))
+    vectors = (wide.vector(v) if groups > 1 else repeat(wide.vector(v)) for v in (rest, of_x, scale))
+    for run, g, to, rests, of_run, scales in zip(*views, *vectors):
+        torch.addcmul(rests, run, of_run, out=to).addcmul_(g, scales)
     return Gradients(grad_x, grad_weight, grad_bias)
 
 
