@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Literal
 
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from apart_hf.cli.dataset_options import add_dataset_options
 from apart_hf.data import DataSettings, ImageData, LoaderSettings, load_image_data
+from apart_hf.data.settings import Only
 from apart_hf.models import num_classes, pretrained_cfg
 from apart_hf.utils.command_line import at_least
 
@@ -24,7 +24,7 @@ def add_image_options(parser: argparse.ArgumentParser, split_flag: str = "--val-
 
 
 def measured_images(
-    args: argparse.Namespace, model: nn.Module, *, only: Literal["train", "val"] = "val", streaming: bool = False
+    args: argparse.Namespace, model: nn.Module, *, only: Only = "val", streaming: bool = False
 ) -> ImageData:
     """Load the split to measure on, with the classes of `model`.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from apart_hf.data.packed import INPUT_KEY, TARGET_KEY, PackedFolder, PackedTable
 from apart_hf.data.registry import DatasetSpec
+from apart_hf.data.settings import Only
 from apart_hf.errors import ApartError
 
 if TYPE_CHECKING:
@@ -30,13 +31,16 @@ def _by_datasets(spec: DatasetSpec) -> Iterator[None]:
         ) from error
 
 
-def open_data(spec: DatasetSpec, streaming: bool = False, asked: Iterable[str] = ()) -> Source | PackedFolder:
+def open_data(
+    spec: DatasetSpec, streaming: bool = False, asked: Iterable[str] = (), only: Only | None = None
+) -> Source | PackedFolder:
     """Open a Hub dataset or a folder (packed arrays, images, parquet files, tar shards, or save_to_disk).
 
     Args:
         spec: which.
         streaming: whether rows are read as they come.
         asked: names of splits that the user gives.
+        only: see `DataSettings`.
 
     Raises:
         ApartError: where that fails, with the reason and the cure.
@@ -47,7 +51,7 @@ def open_data(spec: DatasetSpec, streaming: bool = False, asked: Iterable[str] =
     with _by_datasets(spec):
         from apart_hf.data.sources import open_source
 
-        return open_source(spec, streaming, asked)
+        return open_source(spec, streaming, asked, only)
 
 
 def load_tables(

@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
 
 from apart_hf.data.class_order import class_name, in_order, unlike_timm
 from apart_hf.data.metadata import FILES, Metadata, has_metadata, read_metadata
-from apart_hf.data.split_names import in_usual_order, meaning
+from apart_hf.data.settings import Only
+from apart_hf.data.split_names import TRAIN_NAMES, VAL_NAMES, in_usual_order, meaning
 from apart_hf.data.tree import Folder
 from apart_hf.errors import ApartError, shown
 
@@ -44,13 +45,15 @@ class ImageFolder:
     Args:
         root: what the user named.
         asked: names of splits that the user gives, beside the usual ones.
+        only: one split is wanted, to train on or to evaluate on: that those for the other are left out is not noted.
 
     Raises:
         ApartError: where several folders could be meant.
     """
 
-    def __init__(self, root: Folder, asked: Iterable[str] = ()):
+    def __init__(self, root: Folder, asked: Iterable[str] = (), only: Only | None = None):
         self._asked = {name.lower() for name in asked}
+        self._unwanted = {None: (), "train": VAL_NAMES, "val": TRAIN_NAMES}[only]
         self.notes: list[str] = []  # what is left out, in words
         self.timm: str | None = None  # in what timm's reader sees other classes
         self.labels_from: str | None = None
@@ -150,7 +153,8 @@ class ImageFolder:
 
     def _note_others(self, names: Sequence[str]) -> None:
         """Say what lies beside the splits that are taken."""
-        others = [f"{one.name}/" for one in self.base.folders if one.name not in names and one.has_images]
+        left_out = (one for one in self.base.folders if one.name not in names and one.has_images)
+        others = [f"{one.name}/" for one in left_out if one.name.lower() not in self._unwanted]
         others += self.base.images
         if others:
             taken = ", ".join(f"{name}/" for name in names)

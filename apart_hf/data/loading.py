@@ -76,7 +76,7 @@ def load_image_data(settings: DataSettings | None = None) -> ImageData:
             raise ApartError(f"--dataset-config {settings.dataset_config}: {spec.path} is a folder; leave it out.")
         spec = replace(spec, config=settings.dataset_config)
     asked = (settings.train_split, settings.val_split)
-    source = open_data(spec, settings.streaming, [name for name in asked if name is not None])
+    source = open_data(spec, settings.streaming, [name for name in asked if name is not None], settings.only)
     train_name, val_name = _choose(source, spec, settings)
     chosen = [train_name] if val_name in (None, train_name) else [train_name, val_name]
     loaded = load_tables(source, spec, chosen)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Only = Literal["train", "val"]
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -44,7 +46,7 @@ class DataSettings:
     skip_bad: bool = False
     class_names: tuple[str, ...] | None = None
     class_order: tuple[str, ...] | None = None
-    only: Literal["train", "val"] | None = None
+    only: Only | None = None
 
     @property
     def named(self) -> dict[str, str]:

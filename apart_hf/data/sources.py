@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from apart_hf.data.image_folder import ImageFolder
 from apart_hf.data.parquet_files import BUILDERS, TableFiles
 from apart_hf.data.registry import DatasetSpec
+from apart_hf.data.settings import Only
 from apart_hf.data.tree import Folder
 from apart_hf.errors import ApartError, first_line, shown
 from apart_hf.utils.hub_client import offline_if_unreachable, transport_errors
@@ -62,7 +63,9 @@ class Opened:
         return {name: self._data[name] for name in names}
 
 
-def open_source(spec: DatasetSpec, streaming: bool = False, asked: Iterable[str] = ()) -> Source:
+def open_source(
+    spec: DatasetSpec, streaming: bool = False, asked: Iterable[str] = (), only: Only | None = None
+) -> Source:
     """Open a Hub dataset or a folder (images, parquet files, tar shards, or save_to_disk).
 
     Where the Hub cannot be reached, what is in the cache is used at once, and what is not is an error within seconds.
@@ -71,6 +74,7 @@ def open_source(spec: DatasetSpec, streaming: bool = False, asked: Iterable[str]
         spec: which.
         streaming: whether rows are read as they come.
         asked: names of splits that the user gives.
+        only: see `DataSettings`.
 
     Raises:
         ApartError: where that fails, with the reason and the cure.
@@ -86,7 +90,7 @@ def open_source(spec: DatasetSpec, streaming: bool = False, asked: Iterable[str]
             if isinstance(saved, Dataset):  # one split, saved by itself
                 saved = DatasetDict({str(saved.split or "train"): saved})
             return Opened(saved)
-        return _open_folder(spec.path, streaming, asked)
+        return _open_folder(spec.path, streaming, asked, only)
 
 
 def load_splits(source: Source, spec: DatasetSpec, names: Iterable[str]) -> Mapping[str, Dataset]:
@@ -99,10 +103,10 @@ def load_splits(source: Source, spec: DatasetSpec, names: Iterable[str]) -> Mapp
         return source.load(names)
 
 
-def _open_folder(path: str, streaming: bool, asked: Iterable[str]) -> Source:
+def _open_folder(path: str, streaming: bool, asked: Iterable[str], only: Only | None) -> Source:
     """Tell by its files what a folder is: split folders of images, else tables, else class folders of images."""
     root = Folder(os.path.abspath(path))
-    images = ImageFolder(root, asked)
+    images = ImageFolder(root, asked, only)
     if images.named and images.splits:
         return images
     tables = [TableFiles(root, ending, streaming) for ending in BUILDERS]

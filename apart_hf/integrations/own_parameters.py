@@ -25,6 +25,6 @@ def join_groups(optimizers: Iterable[Optimizer], strategy: TwoPassStrategy) -> N
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         present = set(group["params"])
         joining = [theirs for theirs, own in held.items() if theirs in present and own not in present]
-        group["params"] = [*group["params"], *(held[theirs] for theirs in joining)]
+        group["params"].extend(held[theirs] for theirs in joining)  # in place: LBFGS keeps the list
         if "param_names" in group:
-            group["param_names"] = [*group["param_names"], *(f"auxiliary.{names[theirs]}" for theirs in joining)]
+            group["param_names"].extend(f"auxiliary.{names[theirs]}" for theirs in joining)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_hf.batchnorm.patching import TooFewValues, kept_buffers, untracked_statistics
 from apart_hf.errors import ApartError, written
-from apart_hf.strategies.auxiliary_batchnorm import check_trained, in_use_of
+from apart_hf.strategies.auxiliary_batchnorm import check_statistics, check_trained, in_use_of
 from apart_hf.strategies.batches import detached, map_tensors
 from apart_hf.strategies.checks import check_loss, split_result
 from apart_hf.strategies.fitting import Notice, Plan, changed, fitted
@@ -61,6 +61,7 @@ class Algorithm(StrategyState):
         self._autocast: Callable[[], AbstractContextManager[Any]] = autocast or nullcontext
         self.perturbed_loss: Tensor | None = None
         self._notice = Notice()
+        check_statistics(self.perturbations)
         check_trained(self.perturbations, keeps_clean_gradient=self.combination.keeps_clean_gradient)
         self._isolates = any(p.reads_weight_gradients for p in self.perturbations)
 

@@ -203,6 +203,25 @@ def check_trained(perturbations: Sequence[Perturbation], *, keeps_clean_gradient
         )
 
 
+def check_statistics(perturbations: Sequence[Perturbation]) -> None:
+    """Refuse auxiliary statistics that no pass would update.
+
+    Raises:
+        ApartError: where another perturbation normalises by statistics of its own, or auxiliary BN is there twice.
+    """
+    held = auxiliary_of(perturbations)
+    if len(held) > 1:
+        raise ApartError(
+            f"{len(held)} objects AuxiliaryBatchNorm are given, and a pass has the statistics of one of them; give one."
+        )
+    others = [type(p).__name__ for p in perturbations if p.replaces_statistics]
+    if held and others:
+        raise ApartError(
+            f"AuxiliaryBatchNorm is given beside {others[0]}, which normalises groups by statistics of their own, so "
+            "that no pass would update the auxiliary ones; leave AuxiliaryBatchNorm out."
+        )
+
+
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
     """Move a tensor to where another is: the model may move after the strategy was made."""
     return tensor.to(other.device, other.dtype)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apart_hf.errors import ApartError, written
 from apart_hf.strategies.batches import map_tensors
-from apart_hf.strategies.scalars import python_number
+from apart_hf.strategies.scalars import is_finite, python_number
 
 
 def pixel_scale(
@@ -44,15 +45,12 @@ def pixel_scale(
 
 
 def _numbers(name: str, values: Any, above: float = -math.inf) -> list[float]:
-    one = python_number(values)
-    try:
-        found = [float(value) for value in ([one] if isinstance(one, (int, float)) else values)]
-    except (TypeError, ValueError, RuntimeError):  # the last of a tensor with more than one number in a row
-        found = []
-    if not found or isinstance(values, (str, bool)) or not all(above < value < math.inf for value in found):
+    several = isinstance(values, (Sequence, np.ndarray, Tensor)) and getattr(values, "ndim", 1) != 0
+    found = [python_number(value) for value in (values if several and not isinstance(values, bytes) else [values])]
+    if not found or not all(is_finite(value) and value > above for value in found):
         kind = "numbers" if above == -math.inf else f"numbers above {above:g}"
         raise ApartError(f"{name}={written(values)}: finite {kind} are needed, one, or one for each channel.")
-    return found
+    return [float(value) for value in found]
 
 
 def find_images(batch: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,15 @@ def python_numbers(values: dict[str, Any]) -> dict[str, Any]:
     return {key: python_number(value) for key, value in values.items()}
 
 
+def is_finite(value: Any) -> bool:
+    """Tell whether a value is a number of Python's that is finite as a float; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def checked_radius(name: str, value: Any, usual: str, *, what: str = "radius") -> float:
     """Return `value`, or raise ApartError where it is no radius, or other size, which is a finite number >= 0."""
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if not (is_finite(value) and value >= 0):
         raise ApartError(f"{name}={written(value)}: the {what} must be a finite number >= 0 ({usual}).")
     return value
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from apart_hf.errors import ApartError
+from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
 from apart_hf.strategies.checks import check_model
 from apart_hf.strategies.combination import MeanBySamples, PerturbedAlone
 from apart_hf.strategies.method import Method
@@ -29,7 +30,7 @@ class Given:
 
     def __init__(self, perturbation: Perturbation):
         self.perturbation, self.further_passes = perturbation, perturbation.further_passes
-        self.takes_pixel_scale, self.shareable = perturbation.takes_pixel_scale, False
+        self.takes_pixel_scale = perturbation.takes_pixel_scale
         self.replaces_statistics = perturbation.replaces_statistics
         for key in perturbation.defaults:
             if not hasattr(perturbation, key):
@@ -99,7 +100,7 @@ def listed_method(
         made = _without_auxiliary(made, defaults, hyper)
     kinds = [one.perturbation if isinstance(one, Given) else one for one in made]
     for kind in kinds:
-        if sum(kind is other for other in kinds) > 1:
+        if sum(kind in (other, type(other)) for other in kinds) > 1:
             title = (kind if isinstance(kind, type) else type(kind)).__name__
             raise ApartError(f"{title} is in the list twice; name each perturbation once.")
     if not made:
@@ -110,15 +111,16 @@ def listed_method(
 
 def _without_auxiliary(made: list[Any], defaults: dict[str, Any], hyper: Iterable[str]) -> list[Any]:
     """Leave out auxiliary BN beside groups that are normalised by statistics of their own, as in apart-advprop."""
-    left_out = [one for one in made if one.shareable]
-    for key in {key for one in left_out for key in one.defaults}:
+    stays = [one for one in made if one is not AuxiliaryBatchNorm]
+    left_out = AuxiliaryBatchNorm.defaults if len(stays) < len(made) else {}
+    for key in left_out.keys() - {key for one in stays for key in one.defaults}:
         del defaults[key]
         if key in hyper:
             raise ApartError(
                 f"{key}= is given for auxiliary BN, which a list has not where groups are normalised apart (apart, "
                 f"random-bn, ghost-bn); leave {key} out."
             )
-    return [one for one in made if not one.shareable]
+    return stays
 
 
 def _checked(one: Any, model: nn.Module) -> Perturbation:

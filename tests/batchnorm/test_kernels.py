@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apart_hf.batchnorm import cpu_kernels, device_kernels, use_kernels
+from apart_hf.batchnorm import cpu_kernels, device_kernels, runs_of_samples, use_kernels
 from apart_hf.batchnorm.functional import perturbed_batch_norm
 from apart_hf.batchnorm.layouts import Grouping
 from apart_hf.utils.operation_counts import OperationCounts
@@ -70,6 +70,42 @@ def test_agrees_with_the_naive_formula(layout, groups, blocks, kernels, dtype, t
         assert (a - b).abs().max() <= tolerance * b.abs().max()
     with torch.no_grad():
         got.relu_()  # an in-place activation may follow
+
+
+GRADIENTS = {
+    "alike": lambda out: torch.randn_like(out),
+    "contiguous": lambda out: torch.randn(out.shape, dtype=out.dtype),
+    "one number": lambda out: torch.randn((), dtype=out.dtype).expand(out.shape),
+    "every second": lambda out: torch.randn(2 * len(out), *out.shape[1:], dtype=out.dtype)[::2],
+    "zero": lambda out: torch.zeros_like(out),
+}
+
+
+@pytest.mark.parametrize("needs_grad_x", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 3), (15, 3, 3, 1), (17, 3, 1, 3), (31, 3), (33, 3, 7, 5)], ids=str)
+def test_one_group_is_cut_into_runs_of_any_size(shape, gradient, needs_grad_x, monkeypatch):
+    """Where channels lie innermost: sixteen does not divide the samples, and gradients lie as they will."""
+    parts = []
+    own = runs_of_samples.backward_of_one_group
+    monkeypatch.setattr(runs_of_samples, "backward_of_one_group", lambda *a: parts.append(a[1]) or own(*a))
+    torch.manual_seed(0)
+    values = [torch.randn(shape, dtype=torch.float64) * 2 + 1, *torch.randn(2, 3, dtype=torch.float64)]
+    if len(shape) == 4:
+        values[0] = values[0].contiguous(memory_format=torch.channels_last)
+    values += [torch.zeros(3, dtype=torch.float64) for _ in range(2)]
+    both = [[v.clone().requires_grad_(needs_grad_x or k > 0) for k, v in enumerate(values)] for _ in range(2)]
+    want = naive(*both[0], 1e-3, 1, 1, False)
+    got = perturbed_batch_norm(*both[1], eps=1e-3, shifted=False)
+    top = GRADIENTS[gradient](want)
+    kept = top.clone()
+    for out in (want, got):
+        out.backward(top)
+    assert len(parts) == 1 and torch.equal(top, kept)
+    for a, b in zip(both[1], both[0]):
+        assert (a.grad is None) == (b.grad is None)
+        assert b.grad is None or (a.grad - b.grad).abs().max() <= 1e-12 * max(1.0, float(b.grad.abs().max()))
+    assert not needs_grad_x or both[1][0].grad.stride() == values[0].stride()
 
 
 def test_large_means_keep_their_digits():

@@ -75,6 +75,29 @@ def test_the_order_in_which_splits_to_evaluate_on_are_taken(tmp_path):
     assert load(data_dir=str(tmp_path), val_split="DEV").val.name == "dev"
 
 
+BESIDE_ONE = {
+    ("val", ("train",)): [],
+    ("val", ("Training", "unlabelled")): ["1 other (unlabelled/) beside val/: passed over"],
+    ("val", ("train", "test")): ["1 other (test/) beside val/: passed over"],
+    ("train", ("val", "test")): [],
+    ("train", ("unlabelled",)): ["1 other (unlabelled/) beside train/: passed over"],
+}
+
+
+@pytest.mark.parametrize("only, others", BESIDE_ONE)
+def test_where_one_split_is_wanted_those_for_the_other_are_not_noted(only, others, tmp_path):
+    """To measure a model, `train/` has no part; what might have been measured in its place is named."""
+    write_classes(tmp_path, only, *others)
+    data = load(data_dir=str(tmp_path), only=only)
+    assert data.train.name == only and list(data.notes) == BESIDE_ONE[only, others]
+
+
+def test_a_training_split_that_is_not_trained_on_is_noted(tmp_path):
+    write_classes(tmp_path, "train", "new", "val")
+    data = load(data_dir=str(tmp_path), train_split="new")
+    assert list(data.notes) == ["1 other (train/) beside new/, val/: passed over"]
+
+
 def test_a_part_is_kept_of_the_training_split_and_the_test_split_is_not_trained_on(tmp_path):
     write_classes(tmp_path, "Training", "Testing", count=4)
     data = load(data_dir=str(tmp_path), val_fraction=0.5)

@@ -11,54 +11,15 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationTask, LogitDistillationTask
-from timm.task._helpers import resume_task_checkpoint
-from timm.utils import CheckpointSaver, NativeScaler
+from timm.task import LogitDistillationTask
+from timm.utils import NativeScaler
 from torch.nn.functional import cross_entropy
 
 from apart_hf import ApartError, create_strategy
 from apart_hf.integrations.timm import apart
 from tests.support.helpers import ROOT, assert_same, batch, build, demo_rows, gradients, snapshot
-from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, by_strategy, hyper_of
-
-
-def options_of(method, ratio):
-    return {"generator": torch.Generator().manual_seed(3)} | hyper_of(method, ratio)
-
-
-def task_of(model, criterion=None):
-    return ClassificationTask(model, criterion or torch.nn.CrossEntropyLoss(), verbose=False)
-
-
-def train(task, parts, dtype=torch.float32, accumulated=1, clip=None, scaler=None):
-    """What timm's train_one_epoch does with a task; the loss is divided in place, as there."""
-    model = task.get_trainable_module()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for number, (x, y) in enumerate(parts, start=1):
-        last_step = len(parts) - len(parts) % accumulated
-        share = accumulated if number <= last_step else len(parts) - last_step
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            result = task(x, y)
-            loss = result["loss"]
-        if share > 1:
-            loss /= share
-        needs_update = number % accumulated == 0 or number == len(parts)
-        clips = {"clip_grad": clip, "parameters": list(model.parameters()) if clip else None}
-        if scaler is not None:
-            scaler(loss, optimizer, need_update=needs_update, **clips)
-        else:
-            loss.backward()
-            if needs_update:
-                optimizer.step()
-        losses.append(loss.item() * share)
-        if needs_update:
-            optimizer.zero_grad()
-    return losses
-
-
-def own_loss(model):
-    return lambda part: cross_entropy(model(part[0]), part[1])
+from tests.support.loops import ADVPROP, CASES, HYPER, SCALE, by_strategy
+from tests.support.timm_task import options_of, own_loss, task_of, train
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -249,34 +210,6 @@ def test_compiled_and_wrapped_afterwards(tmp_path):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("ratio", [1, 0.5])
-def test_timm_s_checkpoints_keep_the_state(ratio, tmp_path):
-    """Cut off between two epochs, with ratio below 1 and within `every`."""
-    parts = [batch(8, 16, seed=k, dtype=torch.float32) for k in range(6)]
-    more = {"groups": 2, "ratio": ratio, "every": 2}
-    whole = build("small", dtype=torch.float32)
-    task = apart(task_of(whole), "apart", generator=torch.Generator().manual_seed(5), **more)
-    train(task, parts[:3])
-    optimizer = torch.optim.SGD(whole.parameters(), lr=0.05)
-    saver = CheckpointSaver(whole, optimizer, task=task, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
-    saver.save_checkpoint(0, metric=1.0)
-    train(task, parts[3:])
-    again = build("small", dtype=torch.float32, seed=9)
-    other = apart(task_of(again), "apart", generator=torch.Generator(), **more)
-    assert resume_task_checkpoint(other, str(tmp_path / "last.pth.tar"), log_info=False) == 1
-    assert other.forward.loss.strategy.steps == 3
-    train(other, parts[3:])
-    assert_same(again.state_dict(), whole.state_dict(), tolerance=0)
-    plain = task_of(
-        build("small", dtype=torch.float32)
-    )  # a checkpoint without our part, and one with it in a plain task
-    saver = CheckpointSaver(whole, optimizer, task=plain, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
-    resume_task_checkpoint(plain, str(tmp_path / "last.pth.tar"), log_info=False)
-    saver.save_checkpoint(1, metric=2.0)
-    resume_task_checkpoint(other, str(tmp_path / "last.pth.tar"), log_info=False)
-    assert other.forward.loss.strategy.steps == 6
-
-
 def test_misuse():
     model = build("small")
     with pytest.raises(ApartError, match=r"takes a task of timm\.task, and was given an object of type SmallNet"):
@@ -304,32 +237,6 @@ def test_misuse():
         with pytest.raises(ApartError, match="reduction='sum', and the two passes weight means"):
             apart(task_of(model, criterion), "sam")
         apart(task_of(model, criterion), "standard")
-
-
-def test_resuming_with_other_values_is_said_once(tmp_path, caplog):
-    """Also where the module is wrapped after the script has resumed."""
-
-    def task_with(**hyper):
-        model = build("small", dtype=torch.float32)
-        return model, apart(task_of(model), "apart", groups=2, **hyper)
-
-    model, task = task_with(epsilon=0.1)
-    train(task, [batch(8, 16, dtype=torch.float32)])
-    task.forward.loss.set(epsilon=0.05)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    saver = CheckpointSaver(model, optimizer, task=task, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
-    saver.save_checkpoint(0, metric=1.0)
-    for hyper, said in (({"epsilon": 0.1}, 0), ({"epsilon": 0.4}, 1)):
-        caplog.clear()
-        _, other = task_with(**hyper)
-        resume_task_checkpoint(other, str(tmp_path / "last.pth.tar"), log_info=False)
-        other.compile(backend="eager")
-        other(*batch(8, 16, dtype=torch.float32))
-        found = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
-        assert len(found) == said and other.forward.loss.strategy.hyper["epsilon"] == 0.05
-        assert other.forward.loss.strategy.steps == 2
-    assert "apart goes on with epsilon=0.05, as its saved state has it, and not with epsilon=0.4, as given" in found[0]
-    torch._dynamo.reset()
 
 
 def run_script(text, folder, name, images):

@@ -1,14 +1,16 @@
 """Auxiliary BN in a list of methods: beside groups, beside weights that move, and where no clean gradient is kept."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_hf import ApartError, create_loss, create_strategy
-from apart_hf.strategies.bn_perturbations import GroupStatistics
+from apart_hf import METHODS, ApartError, Method, Perturbation, create_loss, create_strategy
+from apart_hf.strategies.auxiliary_batchnorm import AuxiliaryBatchNorm
+from apart_hf.strategies.bn_perturbations import GroupStatistics, RandomStatistics
 from tests.support.helpers import assert_same, batch, build, gradients
 from tests.support.oracle import SCALE
 
@@ -41,6 +43,52 @@ def test_an_auxiliary_gamma_beside_groups_is_refused(create, name, other):
     groups = GroupStatistics(model, groups=2)
     strategy = create_strategy([groups, other], model)
     assert strategy.perturbations[0] is groups and not list(strategy.buffers())
+
+
+class Shared(Perturbation):
+    """Does nothing, with a hyper-parameter of a name that others have, too."""
+
+    defaults: ClassVar = {"epsilon": 0.1}
+    shareable = True
+
+    def __init__(self, model, *, epsilon):
+        super().__init__(model)
+        self.epsilon = epsilon
+
+
+@pytest.mark.parametrize("names", [["apart", "mine"], ["mine", "advprop", "apart"]], ids="+".join)
+def test_what_else_methods_share_stays_beside_groups(names, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method("of a user", (Shared,)))
+    strategy = create_strategy(names, build("small"), epsilon=0.2, groups=4, **SCALE)
+    found = {type(p).__name__: p for p in strategy.perturbations}
+    assert found["Shared"].epsilon == strategy.hyper["epsilon"] == 0.2 and "AuxiliaryBatchNorm" not in found
+    strategy.set(epsilon=0.3)
+    assert found["Shared"].epsilon == found["AdversarialStatistics"].epsilon == 0.3
+
+
+UNUSED = {  # what is given beside auxiliary BN of the user's own, and what the message then says
+    "groups by name": (lambda model: ["apart"], "given beside AdversarialStatistics, which normalises groups"),
+    "groups": (lambda model: [GroupStatistics(model, groups=2)], "given beside GroupStatistics, which normalises"),
+    "another by name": (lambda model: ["advprop"], "AuxiliaryBatchNorm is in the list twice"),
+    "another": (lambda model: [AuxiliaryBatchNorm(model, aux_affine=False)], "2 objects AuxiliaryBatchNorm are given"),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("beside", UNUSED)
+def test_auxiliary_statistics_that_no_pass_would_update_are_refused(beside, turned):
+    model = build("small")
+    others, message = UNUSED[beside]
+    wanted = [AuxiliaryBatchNorm(model, aux_affine=False), *others(model)]
+    with pytest.raises(ApartError, match=message) as caught:
+        create_strategy(wanted[::-1] if turned else wanted, model, **SCALE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_of_a_user_with_statistics_that_no_pass_would_update_is_refused(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method("of a user", (AuxiliaryBatchNorm, RandomStatistics)))
+    with pytest.raises(ApartError, match="given beside RandomStatistics, which normalises groups"):
+        create_strategy("mine", build("small"))
 
 
 @pytest.mark.parametrize("other", ["advprop", "advbn"])
@@ -100,7 +148,7 @@ def test_weights_that_move_move_the_auxiliary_gamma_and_beta(kind, rho, steps, f
     model, (images, targets) = build("small"), batch(8, 12)
     names = [kind, "advprop"] if first == 0 else ["advprop", kind]
     strategy = create_strategy(names, model, rho=rho, steps=steps, aux_affine=True, **SCALE)
-    (auxiliary,) = (p for p in strategy.perturbations if type(p).__name__ == "AuxiliaryBatchNorm")
+    (auxiliary,) = (p for p in strategy.perturbations if isinstance(p, AuxiliaryBatchNorm))
     with torch.no_grad():
         for p in strategy.parameters():
             p.add_(torch.linspace(-0.2, 0.3, p.numel(), dtype=p.dtype))

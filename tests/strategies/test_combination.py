@@ -148,7 +148,7 @@ def test_gradients_in_another_layout_than_their_weights(method, layout):
     assert_same(*found, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), "0.1", True])
+@pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf"), 10**400, "0.1", True])
 def test_alpha_out_of_range(alpha, model):
     with pytest.raises(ApartError, match=r"^alpha=.*: the share of the orthogonal part must be a finite number >= 0"):
         create_strategy("gsam", model, alpha=alpha)

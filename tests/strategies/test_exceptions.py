@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from apart_hf import create_loss, create_strategy
+from apart_hf import ApartError, create_loss, create_strategy
 from apart_hf.strategies.batches import map_tensors
 from tests.support.helpers import batch, build, snapshot
 from tests.support.oracle import FAMILY
@@ -80,6 +80,18 @@ def test_nothing_is_left_by_an_exception(method, k, where):
     assert held_bytes(strategy) <= held
     if k == 1:  # nothing was drawn yet
         assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize("method", [TOGETHER, TOGETHER[::-1]], ids="+".join)
+def test_nothing_is_held_where_a_perturbation_cannot_ascend(method):
+    """The weights' step is there already, or still to come, as the loss turns out not to depend on the images."""
+    model, data = build("small"), batch(8, 12)
+    strategy = create_strategy(method, model, **options(TOGETHER))
+    strategy.accumulate_gradients(*data, cross_entropy)
+    held = held_bytes(strategy)
+    with pytest.raises(ApartError, match="does not depend on the images"):
+        strategy.accumulate(data, lambda part: cross_entropy(model(part[0].detach()), part[1]))
+    assert held_bytes(strategy) <= held < sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", FAMILY)

@@ -18,6 +18,7 @@ import apart_hf  # noqa: F401  registers models
 from apart_hf.data import DataSettings, load_image_data
 from apart_hf.data.registry import DEMO_DIR
 from apart_hf.models import PreActResNet
+from apart_hf.strategies.batches import detached
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--model", "test_resnet", "--batch-size", "32", "--groups", "4", "--max-steps", "2"]
@@ -185,12 +186,14 @@ def difference(actual, expected):
 
 def _differences(actual, expected):
     assert actual.keys() == expected.keys()
+    actual, expected = detached(actual), detached(expected)
     top = max(float(t.abs().max()) for t in expected.values() if t is not None and t.numel())
     for name, want in expected.items():
         got = actual[name]
         if want is None:
             assert got is None or not got.any(), name
             continue
+        assert got is not None and got.shape == want.shape, name
         scale = float(want.abs().max())
         yield name, float((got - want).abs().max()), scale if scale > 1e-12 * top else top
 
