@@ -83,12 +83,14 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("needs_grad_x", [False, True])
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (2, 3), (15, 3, 3, 1), (17, 3, 1, 3), (31, 3), (33, 3, 7, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5, 7), (2, 3), (15, 3, 3, 1), (17, 3, 1, 3), (31, 3), (33, 3, 7, 5), (17, 3, 8, 6)], ids=str
+)
 def test_one_group_is_cut_into_runs_of_any_size(shape, gradient, needs_grad_x, monkeypatch):
     """Where channels lie innermost: sixteen does not divide the samples, and gradients lie as they will."""
     parts = []
-    own = runs_of_samples.backward_of_one_group
-    monkeypatch.setattr(runs_of_samples, "backward_of_one_group", lambda *a: parts.append(a[1]) or own(*a))
+    own = runs_of_samples._sums_first
+    monkeypatch.setattr(runs_of_samples, "_sums_first", lambda *a: parts.append(a[1]) or own(*a))
     torch.manual_seed(0)
     values = [torch.randn(shape, dtype=torch.float64) * 2 + 1, *torch.randn(2, 3, dtype=torch.float64)]
     if len(shape) == 4:
