@@ -63,6 +63,7 @@ def test_two_commands_set_up_a_bare_machine():
     train, tests = [line for line in "".join(blocks(README, "bash")).splitlines() if "pip install" in line]
     assert train.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install . && ")
     assert tests == 'pip install -e ".[test]" && python -m pytest -n 2 --dist loadfile'
+    assert f"\n### Tests\n\n```bash\n{tests}\n```\n" in README  # where `.ci/run` reads it
 
 
 def test_every_command_is_shown():
