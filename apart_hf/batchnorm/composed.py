@@ -29,14 +29,17 @@ def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
 
 def scaled(x: Tensor, layout: Layout, affine: Affine, statistics: Statistics, *, shifted: bool) -> Tensor:
     """Compute weight * (x - mu) / sigma + bias + shift * mu/sigma in one operation on activations."""
-    weight, bias, shift = affine
-    v, ratio = layout.view(x), statistics.mu_over_sigma()
-    # sorted by what it multiplies
-    offset = torch.addcmul(bias, shift - weight, ratio) if shifted else torch.addcmul(bias, weight, ratio, value=-1)
-    scale = weight * statistics.inv_sigma
+    v, (offset, scale) = layout.view(x), offset_and_scale(affine, statistics, shifted=shifted)
     terms = offset.view(layout.vector), v, scale.view(layout.vector)
     out = torch.addcmul(*terms) if v.dtype == scale.dtype else torch.addcmul(*terms, out=torch.empty_like(v))
     return layout.back(out, x)
+
+
+def offset_and_scale(affine: Affine, statistics: Statistics, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Sort what `scaled` computes by what it multiplies: offset + scale * x, (groups * C,) each."""
+    (weight, bias, shift), ratio = affine, statistics.mu_over_sigma()
+    offset = torch.addcmul(bias, shift - weight, ratio) if shifted else torch.addcmul(bias, weight, ratio, value=-1)
+    return offset, weight * statistics.inv_sigma
 
 
 def backward(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apart_hf.batchnorm.affine import Affine
+from apart_hf.batchnorm.composed import offset_and_scale
 from apart_hf.batchnorm.normalised import Gradients, Normalisation, Normalised, Statistics, is_single_dtype
 from apart_hf.batchnorm.wide_rows import WideRows
 
@@ -38,11 +39,10 @@ def forward(x: Tensor, affine: Affine, how: Normalisation) -> Normalised:
 
 
 def _scaled(x: Tensor, affine: Affine, statistics: Statistics, groups: int) -> Tensor:
-    """Compute weight * (x - mu) / sigma + bias + shift * mu/sigma in one operation on activations."""
-    weight, bias, shift = affine
-    rest = torch.addcmul(bias, shift - weight, statistics.mu_over_sigma())
+    """Compute as `composed.scaled` does, by wide rows."""
     wide, out = WideRows(x, groups), torch.empty_like(x)
-    offset, scale = (wide.vector(vector).unsqueeze(1) for vector in (rest, weight * statistics.inv_sigma))
+    vectors = offset_and_scale(affine, statistics, shifted=True)
+    offset, scale = (wide.vector(vector).unsqueeze(1) for vector in vectors)
     v, to = (wide.view(tensor).unflatten(0, (groups, -1)).flatten(1, 2) for tensor in (x, out))
     torch.addcmul(offset, v, scale, out=to)
     return out

@@ -1,4 +1,4 @@
-"""Arguments of a factory of timm, given as KEY=VALUE."""
+"""Arguments given as KEY=VALUE: those of timm's factories, and hyper-parameters."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from apart_hf.config.key_values import key_values
 from apart_hf.errors import ApartError
 from apart_hf.strategies.methods import check_hyper_parameters
 
@@ -15,16 +15,14 @@ def parse_method(written: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ApartError: where there is no such method or hyper-parameter, a value is missing, or a key comes twice.
     """
-    name, *parts = written.split(":")
-    hyper: dict[str, Any] = {}
-    for part in parts:
-        key, _, value = part.partition("=")
-        if not value or key in hyper:
+    name, *pairs = written.split(":")
+    keys: list[str] = []
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if not value or key in keys:
             fault = "has no value" if not value else "comes twice"
             raise ApartError(f"--methods {written}: {key!r} {fault}; write it once, as in advprop:steps=1.")
-        try:
-            hyper[key] = json.loads(value)
-        except json.JSONDecodeError:
-            hyper[key] = value
+        keys.append(key)
+    hyper = key_values(pairs)
     check_hyper_parameters(name, hyper)
     return name, hyper
