@@ -1,7 +1,5 @@
 """Scaled losses, as of float16: torch's GradScaler, scales of its own and of any size, and gradients that overflow."""
 
-import copy
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from apart_hf import create_loss, create_strategy
 from tests.support.helpers import assert_same, batch, build, gradients
 from tests.support.oracle import FAMILY
+from tests.support.scaled_steps import check_steps_under_a_scaler
 
 NEW = ["advprop", "fast-advprop", "apart-advprop", "advbn", "awp", "gsam"]
 # the first and the last pass of a step: those whose gradient the optimizer takes, so that the scaler sees an overflow
@@ -16,50 +15,25 @@ REACHING = {"advprop": (1, 4), "fast-advprop": (1, 2), "apart-advprop": (1, 3), 
 REACHING["gsam"] = (1, 2)
 
 
-def everything(model, strategy):
-    return {**model.state_dict(), **{f"own {i}": p.detach() for i, p in enumerate(strategy.parameters())}}
-
-
 @pytest.mark.parametrize("as_loss", [False, True], ids=["strategy", "loss"])
 @pytest.mark.parametrize("method, bad", [(m, bad) for m in NEW for bad in (None, *REACHING[m])])
 def test_steps_are_those_without_a_scaler(method, bad, as_loss):
     """Bit for bit, of what the strategy holds as well; an overflow in pass `bad` skips a step and lowers the scale."""
-    found = []
-    for scaled in (False, True):
-        model, calls = build("small", dtype=torch.float32), []
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**10)
 
-        def criterion(output, targets, calls=calls):
-            calls.append(1)
-            return cross_entropy(output, targets) * (torch.inf if len(calls) == bad else 1.0)
+    def make(model, factor, scaler):
+        def criterion(output, targets):
+            return cross_entropy(output, targets) * factor()
 
         made = {"generator": torch.Generator().manual_seed(5), **FAMILY[method]}
         if as_loss:
-            loss = create_loss(method, model, lambda m, part, c=criterion: c(m(part[0]), part[1]), **made)
-            strategy = loss.strategy
-        else:
-            strategy = create_strategy(method, model, **made)
-        optimizer = torch.optim.SGD([*model.parameters(), *strategy.parameters()], lr=0.05)
-        states = [copy.deepcopy(everything(model, strategy))]
-        for step in range(3):
-            data = batch(8, 8, seed=step, dtype=torch.float32)
-            if as_loss:
-                scaler.scale(loss(data)).backward()
-            else:
-                backward = lambda loss, s=scaler: s.scale(loss).backward()  # noqa: E731
-                strategy.accumulate_gradients(*data, criterion, backward=backward)
-            if scaled:
-                scaler.step(optimizer)
-                scaler.update()
-            elif step or bad is None:
-                optimizer.step()
-            optimizer.zero_grad()
-            states.append(copy.deepcopy(everything(model, strategy)))
-        found.append(states)
-    for one, two in zip(*found):
-        assert_same(one, two, tolerance=0)
-    moved = not torch.equal(found[1][0]["fc.weight"], found[1][1]["fc.weight"])
-    assert moved == (bad is None) and scaler.get_scale() == 2.0 ** (10 if bad is None else 9)
+            loss = create_loss(method, model, lambda m, part: criterion(m(part[0]), part[1]), **made)
+            return lambda *data: scaler.scale(loss(data)).backward(), list(loss.strategy.parameters())
+        strategy = create_strategy(method, model, **made)
+        backward = lambda loss: scaler.scale(loss).backward()  # noqa: E731
+        step = lambda *data: strategy.accumulate_gradients(*data, criterion, backward=backward)  # noqa: E731
+        return step, list(strategy.parameters())
+
+    check_steps_under_a_scaler(make, bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

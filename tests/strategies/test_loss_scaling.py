@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from apart_hf import create_loss
-from tests.support.helpers import assert_same, batch, build
+from tests.support.helpers import batch, build
 from tests.support.loops import HYPER, loss_and_output
+from tests.support.scaled_steps import check_steps_under_a_scaler
 
 
 @pytest.mark.parametrize(
@@ -17,35 +18,16 @@ from tests.support.loops import HYPER, loss_and_output
 )
 def test_gradient_scaler(method, bad):
     """Steps are those without a scaler, bit for bit; an overflow in pass `bad` skips one, and lowers the scale."""
-    found = []
-    for scaled in (False, True):
-        model, calls = build("small", dtype=torch.float32), []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**10)
 
-        def overflowing(model, part, calls=calls):
-            calls.append(1)
+    def make(model, factor, scaler):
+        def overflowing(model, part):
             loss, output = loss_and_output(model, part)
-            return loss * (torch.inf if len(calls) == bad else 1.0), output
+            return loss * factor(), output
 
         compute_loss = create_loss(method, model, overflowing, **HYPER[method])
-        states = [copy.deepcopy(model.state_dict())]
-        for step in range(3):
-            x, y = batch(8, 8, seed=step, dtype=torch.float32)
-            loss, _ = compute_loss({"x": x, "y": y})
-            scaler.scale(loss).backward()
-            if scaled:
-                scaler.step(optimizer)
-                scaler.update()
-            elif step or bad is None:
-                optimizer.step()
-            optimizer.zero_grad()
-            states.append(copy.deepcopy(model.state_dict()))
-        found.append(states)
-    for one, two in zip(*found):
-        assert_same(one, two, tolerance=0)
-    moved = not torch.equal(found[1][0]["fc.weight"], found[1][1]["fc.weight"])
-    assert moved == (bad is None) and scaler.get_scale() == 2.0 ** (10 if bad is None else 9)
+        return lambda x, y: scaler.scale(compute_loss({"x": x, "y": y})[0]).backward(), []
+
+    check_steps_under_a_scaler(make, bad)
 
 
 def test_small_gradients_of_float16_do_not_vanish():
